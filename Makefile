@@ -1,0 +1,21 @@
+# Everything from nothing: `make demo` shows the main job, `make test` proves it.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test bench clean
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v else f"samlora needs Python 3.11 or newer, found {v[0]}.{v[1]}; run: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/samlora demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,50 @@
+"""Writing files whole or not at all, and finding the files that ship with samlora."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from samlora.errors import InputError, MissingFileError
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is synced to disk and renamed to `path`.
+
+    If the block raises, `path` keeps its former content and the temporary file is gone. The temporary
+    name ends like `path`, so that writers which look at the ending (NIfTI, PNG) do the right thing.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".part-", suffix="-" + path.name, dir=path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there ({error.strerror}); choose another folder") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        # mkstemp makes files private to the user; the result gets the permissions any new file gets.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def shipped(folder: str) -> Path:
+    """The directory of files that ship with samlora: "checkpoints", "configs" or "datasets".
+
+    In a source tree they lie at the top level, in an installed wheel inside the package.
+    """
+    package = Path(__file__).resolve().parent
+    source = {"datasets": "preprocess/datasets"}.get(folder, folder)
+    for candidate in (package / folder, package.parent / source):
+        if candidate.is_dir():
+            return candidate
+    raise MissingFileError(f"the folder {folder} that ships with samlora is missing; install samlora again")

@@ -1,0 +1,5 @@
+import sys
+
+from samlora.cli import main
+
+sys.exit(main())

@@ -1,0 +1,149 @@
+"""Every command; wiring only."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from samlora.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, or 2 after one line about input that cannot be used."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="samlora", description="Adapt Segment Anything to medical images.")
+    parser.add_argument("--version", action="version", version=f"samlora {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (summary, flags, _) in COMMANDS.items():
+        # The options of training and testing live in modules that take seconds to import.
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        if arguments[:1] == [name]:
+            flags(command)
+    given = vars(parser.parse_args(arguments))
+    run = COMMANDS[given.pop("command")][2]
+    try:
+        run(given)
+    except InputError as error:
+        print(f"samlora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("samlora: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("samlora")
+    except metadata.PackageNotFoundError:
+        return "from source, not installed"
+
+
+def _train_flags(parser: argparse.ArgumentParser) -> None:
+    from samlora.options import add_flags
+    from samlora.training.config import TrainConfig
+
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML with any of these options, or the name of a shipped one; flags win over it")
+    add_flags(parser, TrainConfig)
+    parser.add_argument("--AdamW", dest="optimizer", action="store_const", const="adamw", default=argparse.SUPPRESS, help="the same as --optimizer adamw, which is the default")
+
+
+def _train(given: dict) -> None:
+    from samlora.options import make, read_yaml
+    from samlora.training.config import TrainConfig
+
+    source = given.pop("config", None)
+    values = {} if source is None else read_yaml(source)
+    make(TrainConfig, values, str(source))  # so that a wrong value is reported where it stands
+    config = make(TrainConfig, values | given)
+    from samlora.training.loop import train
+
+    train(config)
+
+
+def _test_flags(parser: argparse.ArgumentParser) -> None:
+    from samlora.inference.config import TestConfig
+    from samlora.options import add_flags
+
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="config.yaml of a training run, or YAML with any of these options; flags win over it")
+    add_flags(parser, TestConfig)
+    parser.add_argument("--metric-policy", dest="metric_policy", choices=("strict", "samed"), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def _test(given: dict) -> None:
+    from samlora.inference.config import TestConfig
+    from samlora.options import make, read_yaml
+    from samlora.training.config import TrainConfig
+
+    source = given.pop("config", None)
+    values = {} if source is None else read_yaml(source)
+    if "max_epochs" in values:
+        make(TrainConfig, values, str(source))
+        values = _run_of(Path(source), values)
+    make(TestConfig, values, str(source))
+    config = make(TestConfig, values | given)
+    from samlora.inference.testing import test
+
+    test(config)
+
+
+def _run_of(config: Path, values: dict) -> dict:
+    """What the config.yaml of a training run means to a test: its adapter (best, else last) and its base."""
+    adapters = [config.parent / f"adapter_{which}.safetensors" for which in ("best", "last")]
+    found = next((str(adapter) for adapter in adapters if adapter.is_file()), None)
+    if found is None:
+        raise InputError(f"--config {config}: that run has saved no adapter yet; let it train, or give --lora_ckpt")
+    known = {"lora_ckpt": found, "dataset": values["dataset"]}
+    return known if values["ckpt"] in (None, "random") else known | {"ckpt": values["ckpt"]}
+
+
+def _prepare_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="folder of volumes and labels: img/ + label/, two folders of pairs, or nnU-Net's imagesTr/ + labelsTr/")
+    parser.add_argument("-o", "--output", required=True, metavar="DST", help="folder for train_npz/, test_vol_h5/, lists/ and recipe.yaml")
+    parser.add_argument("--dataset", required=True, metavar="NAME|FILE.yaml", help="recipe: a shipped one (synapse, generic_ct) or your own YAML")
+    parser.add_argument("--size", type=int, help="side of the training slices, by cubic spline (default: the recipe's, else as they are)")
+    parser.add_argument("--test_cases", nargs="+", metavar="CASE", help="cases for testing, instead of the recipe's")
+    parser.add_argument("--test_fraction", type=float, help="share of the cases for testing, if neither flag nor recipe names any")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument("--overwrite", action="store_true", help="prepare again what is there already")
+
+
+def _prepare(given: dict) -> None:
+    from samlora.data.prepare import prepare
+    from samlora.data.recipe import Recipe
+
+    recipe = Recipe.load(given.pop("dataset"))
+    prepare(given.pop("source"), given.pop("output"), recipe, **given)
+
+
+def _download_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("variant", choices=("vit_b", "vit_l", "vit_h"), help="375 MB, 1.2 GB or 2.6 GB")
+    parser.add_argument("-o", "--output", default="checkpoints", metavar="FOLDER", help="folder for the file (default: checkpoints)")
+
+
+def _download(given: dict) -> None:
+    from samlora.model.download import download
+
+    print(f"base weights: {download(given['variant'], Path(given['output']))}")
+
+
+def _demo_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", default="demo_output", metavar="FOLDER", help="folder for everything the demo makes (default: demo_output)")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the phantoms and of training (default: 1234)")
+
+
+def _demo(given: dict) -> None:
+    from samlora.demo import demo
+
+    demo(Path(given["output"]), given["seed"])
+
+
+COMMANDS = {
+    "demo": ("draw synthetic patients, train on them, test and show the result", _demo_flags, _demo),
+    "prepare": ("turn volumes and labels into training slices and test volumes", _prepare_flags, _prepare),
+    "train": ("train an adapter (train.py)", _train_flags, _train),
+    "test": ("measure an adapter on labelled volumes (test.py)", _test_flags, _test),
+    "download": ("fetch SAM's base weights from Meta", _download_flags, _download),
+}

@@ -1,0 +1,125 @@
+"""Resizing and augmentation: sampled once per sample, applied to a batch on any device.
+
+Everything here gives what scipy.ndimage gives, bit for bit up to float32 rounding, as one matrix product or
+one gather. That includes a habit of scipy: where rounding carries the last position of a zoom past the border
+(512 -> 224 is such a size), scipy fills the last row and column with 0, in images and labels alike.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@functools.lru_cache(maxsize=64)
+def zoom_matrix(source: int, target: int) -> np.ndarray:
+    """(target, source) float64 matrix W with scipy.ndimage.zoom(x, order=3) == W @ x along one axis.
+
+    Cubic spline zoom is linear and separable, so a whole image is W_rows @ image @ W_cols.T.
+    """
+    from scipy.ndimage import zoom
+
+    matrix = np.eye(source) if source == target else zoom(np.eye(source), (target / source, 1), order=3)
+    matrix.setflags(write=False)  # cached: shared by every caller
+    return matrix
+
+
+@functools.lru_cache(maxsize=64)
+def nearest_index(source: int, target: int) -> np.ndarray:
+    """(target,) int64 positions of scipy.ndimage.zoom(x, order=0) along one axis; -1 where it fills in 0."""
+    from scipy.ndimage import zoom
+
+    if source == target:
+        positions = np.arange(source)
+    else:
+        positions = zoom(np.arange(1, source + 1), target / source, order=0) - 1
+    positions.setflags(write=False)
+    return positions
+
+
+def resize_image(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Cubic spline zoom of (..., H, W) to (..., *shape), float32; equals scipy.ndimage.zoom(order=3) per image."""
+    rows, cols = (zoom_matrix(n, m) for n, m in zip(image.shape[-2:], shape))
+    return (rows @ image @ cols.T).astype(np.float32)
+
+
+def resize_label(label: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Nearest zoom of (..., H, W) to (..., *shape); equals scipy.ndimage.zoom(order=0) per image."""
+    rows, cols = (nearest_index(n, m) for n, m in zip(label.shape[-2:], shape))
+    resized = label[..., rows[:, None], cols]
+    resized[..., rows < 0, :] = 0
+    resized[..., cols < 0] = 0
+    return resized
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What happens to one sample: quarter turns and a flip, or a rotation by whole degrees, or nothing."""
+
+    quarter_turns: int = 0
+    flip_axis: int | None = None
+    angle: int = 0
+
+
+def sample_transform(generator: np.random.Generator) -> Transform:
+    """SAMed's augmentation: 1/2 quarter turns and a flip, 1/4 a rotation by -20..19 degrees, 1/4 nothing."""
+    if generator.random() > 0.5:
+        return Transform(quarter_turns=int(generator.integers(4)), flip_axis=int(generator.integers(2)))
+    if generator.random() > 0.5:
+        return Transform(angle=int(generator.integers(-20, 20)))
+    return Transform()
+
+
+@functools.lru_cache(maxsize=128)
+def _rotation(height: int, width: int, angle: int) -> tuple[np.ndarray, np.ndarray]:
+    """Flat source positions (H, W) int64 of scipy.ndimage.rotate(order=0, reshape=False), and where it fills 0."""
+    radians = np.deg2rad(angle)
+    turn = np.array([[np.cos(radians), np.sin(radians)], [-np.sin(radians), np.cos(radians)]])
+    centre = (np.array([height, width]) - 1) / 2
+    grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), axis=-1)
+    place = grid @ turn.T + (centre - turn @ centre)
+    last = np.array([height, width]) - 1
+    outside = ((place < 0) | (place > last)).any(axis=-1)
+    row, col = np.moveaxis(np.clip(np.floor(place + 0.5).astype(np.int64), 0, last), -1, 0)
+    return row * width + col, outside
+
+
+def make_batch(images: Sequence, labels: Sequence, transforms: Sequence[Transform], side: int, device):
+    """Augments and resizes samples of any size to one batch.
+
+    images: tensors (H, W) float32. labels: tensors (H, W) uint8. side: S, the model's image size.
+    Returns images (B, 3, S, S) float32, three equal channels, and labels (B, S/4, S/4) int64 on `device`;
+    labels are zoomed to S and then to S/4, as SAMed does.
+    """
+    import torch
+
+    low = side // 4
+    batch = torch.empty(len(images), 1, side, side, device=device)
+    targets = torch.empty(len(images), low, low, dtype=torch.int64, device=device)
+    for i, (image, label, transform) in enumerate(zip(images, labels, transforms)):
+        image, label = (_transformed(x.to(device, non_blocking=True), transform) for x in (image, label))
+        height, width = image.shape
+        rows, cols = (torch.from_numpy(zoom_matrix(n, side).astype(np.float32)).to(device) for n in (height, width))
+        batch[i, 0] = rows @ image @ cols.T
+        positions = []
+        for size in (height, width):
+            to_side, to_low = nearest_index(size, side), nearest_index(side, low)
+            positions.append(torch.from_numpy(np.where(to_low < 0, -1, to_side[to_low])).to(device))
+        target = label[positions[0][:, None], positions[1]].long()
+        target[positions[0] < 0, :] = 0
+        target[:, positions[1] < 0] = 0
+        targets[i] = target
+    return batch.expand(-1, 3, -1, -1), targets
+
+
+def _transformed(x, transform: Transform):
+    """One tensor (H, W) after its transform."""
+    import torch
+
+    if transform.angle:
+        source, outside = _rotation(*x.shape, transform.angle)
+        turned = x.flatten()[torch.from_numpy(source).to(x.device)]
+        return turned.masked_fill(torch.from_numpy(outside).to(x.device), 0)
+    x = torch.rot90(x, transform.quarter_turns)
+    return x if transform.flip_axis is None else x.flip(transform.flip_axis)

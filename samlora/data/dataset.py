@@ -1,0 +1,185 @@
+"""Training slices and test volumes on disk: found, checked, split by case, drawn in a reproducible order."""
+
+import hashlib
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from samlora.data.augment import Transform, sample_transform
+from samlora.data.volume import read_slice
+from samlora.errors import InputError, MissingFileError
+
+
+@dataclass(frozen=True)
+class SliceFile:
+    """One training slice: its path, and the case (patient) it was cut from."""
+
+    path: Path
+    case: str
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A slice as it came from disk, and what is to be done to it. image (H, W) float32, label (H, W) uint8."""
+
+    name: str
+    image: np.ndarray
+    label: np.ndarray
+    transform: Transform
+
+
+def data_folder(root: str | Path, inner: str, flag: str) -> Path:
+    """`root/inner` where that exists, else `root`. Raises MissingFileError naming the flag."""
+    root = Path(root)
+    if not root.is_dir():
+        raise MissingFileError(f"{flag} {root}: there is no such folder; make it with: samlora prepare SRC -o {root} --dataset NAME")
+    return root / inner if (root / inner).is_dir() else root
+
+
+def _listed(folder: Path, list_dir: str | Path | None, list_name: str, ending: str, what: str) -> list[Path]:
+    """The files of a list file where a folder of lists is given, else all files of `folder`, sorted."""
+    if list_dir is None:
+        found = sorted(p for p in folder.glob(f"*{ending}") if not p.name.startswith("."))
+        if not found:
+            raise InputError(f"{folder}: holds no {what} (*{ending}); make some with: samlora prepare SRC -o DST --dataset NAME")
+        return found
+    listing = Path(list_dir) / list_name
+    if not listing.is_file():
+        raise MissingFileError(f"--list_dir {list_dir}: there is no {list_name} in it; leave --list_dir out to use the whole folder")
+    names = [line.strip() for line in listing.read_text().splitlines() if line.strip()]
+    paths = [folder / f"{name}{ending}" for name in names]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise MissingFileError(f"{listing}: names {missing[0].name}{more}, which is not in {folder}; correct the list or the folder")
+    if not paths:
+        raise InputError(f"{listing}: is empty; put one name a line into it or leave --list_dir out")
+    return paths
+
+
+def find_slices(root: str | Path, list_dir: str | Path | None = None) -> list[SliceFile]:
+    """The training slices below `root` (root/train_npz or root itself), or those that list_dir/train.txt names.
+
+    The case of `case0005_slice000.npz` is case0005; a name without `_slice` is its own case.
+    Raises MissingFileError or InputError when there are none.
+    """
+    paths = _listed(data_folder(root, "train_npz", "--root_path"), list_dir, "train.txt", ".npz", "training slices")
+    return [SliceFile(path, path.stem.rsplit("_slice", 1)[0]) for path in paths]
+
+
+def find_volumes(root: str | Path, list_dir: str | Path | None = None) -> list[Path]:
+    """The test volumes below `root` (root/test_vol_h5 or root itself), or those that list_dir/test_vol.txt names.
+
+    Raises MissingFileError or InputError when there are none.
+    """
+    return _listed(data_folder(root, "test_vol_h5", "--volume_path"), list_dir, "test_vol.txt", ".npy.h5", "test volumes")
+
+
+def check_labels(slices: Sequence[SliceFile], num_classes: int, threads: int = 4) -> np.ndarray:
+    """Reads every label once; returns the pixels of each class, (num_classes + 1,) int64.
+
+    Raises InputError naming the first file with a label outside 0..num_classes, or one that cannot be read.
+    """
+
+    def count(item: SliceFile) -> np.ndarray:
+        label = read_slice(item.path)[1]
+        low, high = int(label.min()), int(label.max())
+        if low < 0 or high > num_classes:
+            outside = [int(v) for v in np.unique(label) if v < 0 or v > num_classes]
+            shown = ", ".join(map(str, outside[:8])) + (", ..." if len(outside) > 8 else "")
+            raise InputError(
+                f"{item.path}: label values {shown} are outside 0..{num_classes}; set --num_classes to the number "
+                f"of foreground classes, or prepare the data with a label map"
+            )
+        return np.bincount(label.ravel().astype(np.int64), minlength=num_classes + 1)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(count, slices))
+
+
+def split_cases(
+    slices: Sequence[SliceFile], val_cases: Sequence[str] = (), val_fraction: float = 0.0, seed: int = 0
+) -> tuple[list[SliceFile], list[SliceFile]]:
+    """Splits slices into training and validation, whole cases at a time.
+
+    val_cases: names of cases. val_fraction: share of the cases, drawn with `seed`, at least one.
+    Raises InputError for a case that is not there, or when nothing is left to train on.
+    """
+    cases = sorted({item.case for item in slices})
+    unknown = [case for case in val_cases if case not in cases]
+    if unknown:
+        raise InputError(f"--val_cases {unknown[0]}: there is no such case; there are {', '.join(cases[:8])}{', ...' * (len(cases) > 8)}")
+    if not 0 <= val_fraction < 1:
+        raise InputError(f"--val_fraction {val_fraction} is not possible; give a share of the cases from 0 up to, not including, 1")
+    chosen = set(val_cases)
+    if not chosen and val_fraction:
+        count = max(1, round(val_fraction * len(cases)))
+        chosen = set(np.random.default_rng([seed, 1]).permutation(cases)[:count].tolist())
+    if chosen == set(cases):
+        raise InputError(f"validation takes all {len(cases)} cases and leaves none to train on; name fewer cases")
+    return [s for s in slices if s.case not in chosen], [s for s in slices if s.case in chosen]
+
+
+def fingerprint(slices: Sequence[SliceFile]) -> str:
+    """SHA-256 over the names and contents (the archives' own check sums) of training slices."""
+    digest = hashlib.sha256()
+    for item in slices:
+        with zipfile.ZipFile(item.path) as archive:
+            sums = [(member.filename, member.CRC, member.file_size) for member in archive.infolist()]
+        digest.update(repr((item.name, sums)).encode())
+    return digest.hexdigest()
+
+
+class SliceDataset:
+    """Samples by (epoch, index): the slice from disk, and a transform that depends on seed, epoch and index alone."""
+
+    def __init__(self, slices: Sequence[SliceFile], seed: int, augment: bool = True):
+        self.slices, self.seed, self.augment = list(slices), seed, augment
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        item = self.slices[index]
+        image, label = read_slice(item.path)
+        transform = Transform()
+        if self.augment:
+            transform = sample_transform(np.random.default_rng([self.seed, 2, epoch, index]))
+        return Sample(item.name, image, label.astype(np.uint8), transform)
+
+
+class Batches:
+    """The order of samples of a whole training run, as lists of (epoch, index), from any position on.
+
+    Every epoch is a permutation that depends on seed and epoch alone, cut into batches of
+    `batch_size * ranks`; the last batch is kept. A rank takes every `ranks`-th sample of a batch; a last
+    batch smaller than the number of ranks is filled up from its own beginning, so that none goes empty.
+    """
+
+    def __init__(self, count: int, batch_size: int, epochs: int, seed: int, start: int = 0, rank: int = 0, ranks: int = 1):
+        self.count, self.batch_size, self.epochs, self.seed = count, batch_size, epochs, seed
+        self.start, self.rank, self.ranks = start, rank, ranks
+        self.per_epoch = -(-count // (batch_size * ranks))
+
+    def __len__(self) -> int:
+        return self.epochs * self.per_epoch - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size = self.batch_size * self.ranks
+        for epoch in range(self.start // self.per_epoch, self.epochs):
+            order = np.random.default_rng([self.seed, 3, epoch]).permutation(self.count)
+            skip = self.start - epoch * self.per_epoch if epoch == self.start // self.per_epoch else 0
+            for position in range(skip, self.per_epoch):
+                chosen = order[position * size : (position + 1) * size]
+                if len(chosen) < self.ranks:
+                    chosen = np.resize(chosen, self.ranks)
+                yield [(epoch, int(index)) for index in chosen[self.rank :: self.ranks]]

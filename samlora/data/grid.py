@@ -1,0 +1,229 @@
+"""Where voxels lie: volumes indexed as their files are, stacks of slices, and the way from one to the other.
+
+A `Volume` is indexed (i, j, k) as its file is; a `Case` is indexed (slice, row, column) as SAMed stores it.
+`Geometry` remembers how the one was made from the other, so that labels find the way back.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from samlora.errors import InputError
+
+_SAME_VOXEL = 0.1  # voxels: headers are rounded to float32 or to a few digits, a real shift is 0.5 or more
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Geometry:
+    """The grid a stack of slices was cut from: shape (i, j, k), affine (voxel -> RAS mm), the NIfTI codes.
+
+    `orientation` are the axis codes the array had when it was cut along its axis `slice_axis`.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    qform: np.ndarray | None
+    qform_code: int
+    sform_code: int
+    orientation: str
+    slice_axis: int
+
+    def to_dict(self) -> dict:
+        """The geometry as values that JSON can hold; `from_dict` takes them back exactly."""
+        arrays = {"affine": self.affine, "qform": self.qform}
+        values = {key: None if array is None else array.tolist() for key, array in arrays.items()}
+        return dataclasses.asdict(self) | values | {"shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Geometry":
+        """The geometry that `to_dict` described; raises KeyError, TypeError or ValueError otherwise."""
+        values = dict(values, shape=tuple(int(n) for n in values["shape"]))
+        values["affine"] = np.asarray(values["affine"], np.float64).reshape(4, 4)
+        if values["qform"] is not None:
+            values["qform"] = np.asarray(values["qform"], np.float64).reshape(4, 4)
+        return cls(**values)
+
+
+@dataclasses.dataclass
+class Volume:
+    """A 3D array indexed (i, j, k) as its file is, and where its voxels lie.
+
+    `affine` (4, 4) float64 maps voxel indices to RAS millimetres. `qform` is the file's second affine where
+    it differs from the first (NIfTI may hold two). `path` is where the volume came from, for messages.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    qform_code: int = 0
+    sform_code: int = 2
+    qform: np.ndarray | None = None
+    path: str = ""
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size in mm along (i, j, k)."""
+        return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+
+    @property
+    def axes(self) -> str:
+        """nibabel's axis codes: "RAS" means that the indices run to Right, Anterior, Superior."""
+        return _axes(self.affine)
+
+    def geometry(self, orientation: str | None, slice_axis: int) -> Geometry:
+        """What undoes turning to `orientation` (None: left as stored) and cutting along `slice_axis`."""
+        grid = self.array.shape, self.affine, self.qform, self.qform_code, self.sform_code
+        return Geometry(*grid, orientation or self.axes, slice_axis)
+
+
+@dataclasses.dataclass
+class Case:
+    """A volume as SAMed stores it: image (D, H, W) float32, label (D, H, W) integer or None.
+
+    `geometry` and `recipe` are None for published files, which hold neither.
+    """
+
+    image: np.ndarray
+    label: np.ndarray | None = None
+    geometry: Geometry | None = None
+    recipe: dict | None = None
+    name: str = ""
+
+    @property
+    def affine(self) -> np.ndarray | None:
+        """The source file's affine (4, 4), voxel (i, j, k) -> RAS mm, or None where it is not known."""
+        return None if self.geometry is None else self.geometry.affine
+
+    @property
+    def spacing(self) -> tuple[float, float, float] | None:
+        """Voxel size in mm along (D, H, W), or None where it is not known."""
+        if self.geometry is None:
+            return None
+        order, _ = _arrangement(self.geometry.affine, self.geometry.orientation)
+        sizes = np.linalg.norm(self.geometry.affine[:3, :3], axis=0)[order]
+        return tuple(float(sizes[axis]) for axis in slice_order(self.geometry.slice_axis))
+
+
+def slice_order(slice_axis: int) -> tuple[int, int, int]:
+    """The transposition from (x, y, z) to (slice, row, column): SAMed stores (x, y, z) as (z, y, x)."""
+    return (slice_axis, *(axis for axis in (2, 1, 0) if axis != slice_axis))
+
+
+def body_axes(codes: str) -> list[int]:
+    """For each letter of axis codes such as "LPS": 0 left-right, 1 front-back, 2 up-down.
+
+    Raises InputError unless there is one letter of each.
+    """
+    axes = [next((n for n, pair in enumerate(("LR", "PA", "IS")) if code in pair), -1) for code in codes]
+    if sorted(axes) != [0, 1, 2]:
+        raise InputError(f"orientation {codes!r}: one letter each of L/R, P/A, I/S is needed, as in LPS")
+    return axes
+
+
+def reorient(volume: Volume, axes: str) -> Volume:
+    """The same voxels in the same places, indices running as `axes` ("LPS", ...) says.
+
+    Only permutes and flips, so no value changes. Raises InputError if `axes` are no three axis codes.
+    """
+    return _arranged(volume, *_arrangement(volume.affine, axes))
+
+
+def match_grid(label: Volume, to: Volume) -> Volume:
+    """`label` on the grid of `to`, by permuting and flipping, where both describe the same voxels in space.
+
+    Oblique affines too. Voxel centres may differ by a tenth of a voxel (rounded headers). Raises InputError,
+    with both grids in it, if they differ in more than the order and direction of their axes.
+    """
+    step = np.linalg.inv(label.affine) @ to.affine  # index in `to` -> index in `label`
+    order = np.abs(step[:3, :3]).argmax(axis=0)
+    shape = np.array(to.array.shape)
+    if sorted(order) == [0, 1, 2] and np.array_equal(np.array(label.array.shape)[order], shape):
+        flips = step[order, range(3)] < 0
+        corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*(shape - 1), 1]
+        if np.abs((step - _index_map(shape, order, flips)) @ corners.T).max() <= _SAME_VOXEL:
+            array = _arranged(label, order, flips).array
+            return dataclasses.replace(to, array=array, path=label.path)
+    raise InputError(
+        f"{label.path or 'label'}: its grid ({_grid(label)}) is not that of {to.path or 'the image'} "
+        f"({_grid(to)}); resample the label onto the image, or repair its header if they are the same voxels"
+    )
+
+
+def case_to_volume(case: Case, labels: np.ndarray) -> Volume:
+    """`labels` (D, H, W) integer on the grid of the file that `case` was made from: shape, affine, codes.
+
+    Where that is not known (published files) the array is (x, y, z) with an identity affine. Raises
+    InputError if `labels` has another shape than the case or fractional values.
+    """
+    if labels.shape != case.image.shape:
+        raise InputError(f"{case.name}: labels of shape {labels.shape} for an image of {case.image.shape}")
+    labels = integers(labels, case.name)
+    if case.geometry is None:
+        return Volume(labels.transpose(2, 1, 0), np.eye(4), path=case.name)
+    g = case.geometry
+    order, flips = _arrangement(g.affine, g.orientation)
+    array = labels.transpose(np.argsort(slice_order(g.slice_axis)))
+    array = np.flip(array, np.flatnonzero(flips)).transpose(np.argsort(order))
+    if array.shape != tuple(g.shape):
+        raise InputError(f"{case.name}: slices of shape {case.image.shape} do not fit their source {g.shape}")
+    return Volume(array, g.affine, g.qform_code, g.sform_code, g.qform, case.name)
+
+
+def _axes(affine: np.ndarray) -> str:
+    import nibabel
+
+    return "".join(nibabel.aff2axcodes(affine))
+
+
+def _arrangement(affine: np.ndarray, axes: str) -> tuple[np.ndarray, np.ndarray]:
+    """For each of the wanted axes: which axis of the array it is, and whether that one runs the other way."""
+    current = _axes(affine)
+    order = np.array([body_axes(current).index(wanted) for wanted in body_axes(axes)])
+    return order, np.array([current[n] != code for n, code in zip(order, axes)])
+
+
+def _arranged(volume: Volume, order: np.ndarray, flips: np.ndarray) -> Volume:
+    array = np.flip(volume.array.transpose(order), np.flatnonzero(flips))
+    move = _index_map(np.array(array.shape), order, flips)
+    qform = None if volume.qform is None else volume.qform @ move
+    return dataclasses.replace(volume, array=array, affine=volume.affine @ move, qform=qform)
+
+
+def _index_map(shape: np.ndarray, order: np.ndarray, flips: np.ndarray) -> np.ndarray:
+    """(4, 4): index in the arranged array of `shape` -> index in the array it was arranged from."""
+    move = np.zeros((4, 4))
+    move[order, range(3)] = np.where(flips, -1, 1)
+    move[order, 3] = np.where(flips, shape - 1, 0)
+    move[3, 3] = 1
+    return move
+
+
+def _grid(volume: Volume) -> str:
+    shape = " x ".join(map(str, volume.array.shape))
+    spacing, origin = (" ".join(f"{v:.6g}" for v in vs) for vs in (volume.spacing, volume.affine[:3, 3]))
+    return f"shape {shape}, spacing {spacing} mm, axes {volume.axes}, origin {origin}"
+
+
+def integers(array: np.ndarray, where: str | os.PathLike) -> np.ndarray:
+    """A label map as the smallest of uint8, uint16, int32; 1.0000001 counts as 1.
+
+    Raises InputError, naming `where`, for fractions and for values outside -32768..65535.
+    """
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind == "f":
+        rounded = np.rint(array)
+        broken = np.abs(array - rounded) > 1e-3
+        if broken.any():
+            values = _listed(np.unique(array[broken]))
+            raise InputError(f"{where}: label values {values} are not whole; resample labels by nearest")
+        array = rounded
+    low, high = array.min(initial=0), array.max(initial=0)
+    if low < -32768 or high > 65535:
+        raise InputError(f"{where}: label values {low:g}..{high:g}; is this an image? 0..65535 can be used")
+    return array.astype(np.int32 if low < 0 else np.uint8 if high < 256 else np.uint16)
+
+
+def _listed(values: Sequence, most: int = 5) -> str:
+    return " ".join(f"{v:g}" for v in values[:most]) + (" ..." if len(values) > most else "")

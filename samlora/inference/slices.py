@@ -1,0 +1,60 @@
+"""A volume through a semantic model: slices in batches, labels on the input's own pixels."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from samlora.data.augment import nearest_index, zoom_matrix
+
+
+def enlarge(size: int, input_size: int | None, image_size: int) -> np.ndarray:
+    """(image_size, size) float32 matrix of a slice's way into the model along one axis.
+
+    input_size: side to which slices are shrunk first, as SAMed's test does so that they look like its
+    training slices; None to go straight to the model's size.
+    """
+    if input_size is None:
+        return zoom_matrix(size, image_size).astype(np.float32)
+    return (zoom_matrix(input_size, image_size) @ zoom_matrix(size, input_size)).astype(np.float32)
+
+
+@torch.inference_mode()
+def predict_slices(
+    model: nn.Module,
+    image: np.ndarray,
+    image_size: int,
+    input_size: int | None = None,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32,
+    progress: Callable[[int], object] | None = None,
+) -> np.ndarray:
+    """Labels of every slice of a stack.
+
+    model: on `device`; logits (B, C, S/4, S/4) from images (B, 3, S, S). image: (D, H, W) float32, as the
+    recipe makes it. image_size: S. precision: of the forward pass (autocast unless float32).
+    progress: called with the number of slices done, after each batch.
+    Returns labels (D, H, W), uint8, or uint16 for more than 255 classes: cubic spline zoom to S, bilinear
+    zoom of the logits to S, argmax, nearest zoom back.
+    """
+    depth, height, width = image.shape
+    rows, cols = (torch.from_numpy(enlarge(n, input_size, image_size)).to(device) for n in (height, width))
+    back = [nearest_index(image_size, n) for n in (height, width)]
+    row_index, col_index = (torch.from_numpy(index.clip(0)).to(device) for index in back)
+    outside = torch.from_numpy((back[0] < 0)[:, None] | (back[1] < 0)).to(device)
+    stack = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
+    labels: list[Tensor] = []
+    for start in range(0, depth, batch_size):
+        batch = rows @ stack[start : start + batch_size].to(device) @ cols.T
+        with torch.autocast(torch.device(device).type, precision, enabled=precision != torch.float32):
+            logits = model(batch.unsqueeze(1).expand(-1, 3, -1, -1))
+        logits = F.interpolate(logits.float(), (image_size, image_size), mode="bilinear", align_corners=False)
+        classes = logits.argmax(dim=1)[:, row_index[:, None], col_index].masked_fill(outside, 0)
+        labels.append(classes.to(torch.int32).cpu())
+        if progress:
+            progress(len(batch))
+    dtype = np.uint8 if logits.shape[1] <= 256 else np.uint16
+    return torch.cat(labels).numpy().astype(dtype)

@@ -1,0 +1,167 @@
+"""Testing on labelled volumes: `volume -> slices -> logits -> labels -> metrics, NIfTI`."""
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from samlora.data.dataset import find_volumes
+from samlora.data.grid import Case, Volume, case_to_volume
+from samlora.data.recipe import Recipe
+from samlora.data.volume import read_case, write_volume
+from samlora.device import DTYPES, device_name, pick_device, pick_precision
+from samlora.errors import InputError
+from samlora.evaluation.metrics import POLICIES, evaluate, summarise
+from samlora.evaluation.report import contact_sheet, display_flips, table, write_metrics_csv, write_summary_json
+from samlora.inference.config import TestConfig
+from samlora.inference.slices import predict_slices
+from samlora.model.checkpoint import Spec, guess_spec, read_adapter
+from samlora.model.lora import merge
+from samlora.model.methods import load_model, named_system
+
+PUBLISHED_INPUT_SIZE = 224
+
+
+def test(config: TestConfig) -> dict[str, dict]:
+    """Predicts and measures every volume; returns policy -> summary over cases.
+
+    Writes metrics.csv (case x class), summary.json, log.txt, preview.png and, if asked, NIfTI files into
+    `output_dir`. Raises InputError for files and options that do not fit together, before anything is written.
+    """
+    import torch
+
+    if config.volume_path is None:
+        raise InputError("--volume_path is missing; give the folder of prepared data (samlora prepare makes one)")
+    if config.lora_ckpt is None:
+        raise InputError("--lora_ckpt is missing; give the adapter that train.py printed at its end")
+    device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    paths = find_volumes(config.volume_path, config.list_dir)
+    model = load_tested(config)
+    spec: Spec = model.spec
+    names = dict(enumerate(spec.class_names, start=1))
+    input_size = wanted_input_size(config, spec)
+    merge(model).to(device)
+
+    out = Path(config.output_dir)
+    log = _logger(out)
+    log.info("%s on %s (base %s), %d px, slices shrunk to %s first, %d volumes of %s, device %s, %s",
+             spec.system, spec.variant, spec.base, spec.image_size, input_size or "nothing", len(paths), config.dataset,
+             device_name(device), precision)  # fmt: skip
+    results: dict[str, dict] = {policy: {} for policy in POLICIES}
+    for path in _progress(paths):
+        case = labelled_case(path, spec, config.lora_ckpt)
+        began = time.perf_counter()
+        prediction = predict_slices(
+            model, case.image, spec.image_size, input_size, config.batch_size, device, DTYPES[precision]
+        )
+        seconds = time.perf_counter() - began
+        spacing = case.spacing or (1.0, 1.0, 1.0)
+        for policy in POLICIES:
+            results[policy][case.name] = evaluate(prediction, case.label, spacing, list(names), policy)
+        figures = summarise({case.name: results[config.metric_policy][case.name]})["overall"]
+        log.info("%s: %d slices in %.1f s, mean Dice %.4f, HD95 %.2f%s", case.name, len(prediction), seconds,
+                 figures["dice"]["mean"], figures["hd95"]["mean"], "" if case.spacing else " (spacing unknown: voxels)")  # fmt: skip
+        if config.is_savenii:
+            save_nifti(case, prediction, out / "predictions")
+        if path == paths[0]:
+            flips = (False, False) if case.affine is None else _flips(case)
+            contact_sheet(case.image, case.label, prediction, out / "preview.png", names, flip_ud=flips[0], flip_lr=flips[1])
+    summaries = {policy: summarise(cases) for policy, cases in results.items()}
+    write_metrics_csv(out / "metrics.csv", results, names)
+    about = {"adapter": str(config.lora_ckpt), "dataset": config.dataset, "system": spec.system, "variant": spec.variant,
+             "image_size": spec.image_size, "input_size": input_size, "samlora": spec.samlora_version, "policy": config.metric_policy}  # fmt: skip
+    write_summary_json(out / "summary.json", summaries, names, about)
+    leading = {config.metric_policy: summaries[config.metric_policy]} | summaries
+    for line in table(leading, names).splitlines():
+        log.info("%s", line)
+    log.info("written to %s: metrics.csv, summary.json, preview.png, log.txt%s", out, ", predictions/" if config.is_savenii else "")
+    _close(log)
+    return summaries
+
+
+def load_tested(config: TestConfig) -> nn.Module:
+    """The adapter's model. Raises InputError for a flag that says otherwise than the adapter."""
+    tensors, spec = read_adapter(config.lora_ckpt)
+    known = guess_spec(tensors, config.lora_ckpt) if spec is None else vars(spec)
+    given = {
+        "num_classes": config.num_classes,
+        "rank": config.rank,
+        "variant": config.vit_name,
+        "system": named_system(config.system, config.module),
+        "image_size": config.img_size,
+    }
+    flags = {"variant": "vit_name", "image_size": "img_size"}
+    for name, value in given.items():
+        if value is not None and known.get(name, value) != value:
+            flag = flags.get(name, name)
+            raise InputError(f"--{flag} {value}: the adapter {config.lora_ckpt} has {known[name]}; leave the flag out")
+    model = load_model(config.lora_ckpt, config.ckpt or "default", image_size=config.img_size)
+    if model.num_masks != model.spec.num_classes + 1:
+        raise InputError(f"{config.lora_ckpt}: holds LoRA alone, without a decoder for classes; test.py needs an adapter of train.py")
+    return model
+
+
+def wanted_input_size(config: TestConfig, spec: Spec) -> int | None:
+    """The side slices are shrunk to before they are enlarged to the model's size, or None."""
+    if config.input_size is not None:
+        return config.input_size or None
+    return PUBLISHED_INPUT_SIZE if spec.recipe is None else Recipe.from_dict(spec.recipe).size
+
+
+def labelled_case(path: Path, spec: Spec, adapter: str) -> Case:
+    """A volume with labels that the adapter can be measured on; InputError otherwise."""
+    case = read_case(path)
+    if case.label is None:
+        raise InputError(f"{path}: holds no label; test.py measures against labels")
+    highest = int(case.label.max())
+    if case.label.min() < 0 or highest > spec.num_classes:
+        raise InputError(f"{path}: label values up to {highest}, but the adapter {adapter} has {spec.num_classes} classes; prepare the data with the label map of its training")
+    if case.recipe is not None and spec.recipe is not None:
+        differences = Recipe.from_dict(spec.recipe).differences(Recipe.from_dict(case.recipe))
+        if differences:
+            raise InputError(f"{path}: was prepared otherwise than the adapter's training data ({'; '.join(differences)}); prepare it with the same recipe")
+    return case
+
+
+def save_nifti(case: Case, prediction: np.ndarray, folder: Path) -> None:
+    """Writes <case>_pred, _img and _gt.nii.gz on the grid of the source file, masks as integers."""
+    for kind, array in (("pred", prediction), ("img", case.image), ("gt", case.label)):
+        write_volume(case_to_volume(case, array), folder / f"{case.name}_{kind}.nii.gz")
+
+
+def _progress(paths: list[Path]):
+    from tqdm import tqdm
+
+    return tqdm(paths, desc="testing", unit="volume", dynamic_ncols=True)
+
+
+def _logger(folder: Path) -> logging.Logger:
+    """Lines to the console, above the progress bar, and to log.txt."""
+    from tqdm import tqdm
+
+    class AboveBar(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record))
+
+    log = logging.getLogger("samlora.test")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot write there ({error.strerror}); choose another folder") from None
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.handlers = [AboveBar(), file]
+    return log
+
+
+def _close(log: logging.Logger) -> None:
+    for handler in log.handlers:
+        handler.close()
+    log.handlers = []

@@ -1,0 +1,318 @@
+"""All weight files: base checkpoints and adapters, verified, read without unpickling, loaded strictly."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from samlora.errors import InputError, MissingFileError
+from samlora.files import shipped, whole
+from samlora.model.lora import lora_names
+from samlora.model.sam import PATCH, VARIANTS, Sam, build_sam, state_shapes
+
+FORMAT_VERSION = 1
+
+# Decoder tensors whose shape, or meaning, depends on the number of classes. They are the only tensors a
+# base checkpoint may lack or hold in another shape, and they start fresh when classes replace SAM's masks.
+CLASS_TENSORS = ("mask_tokens", "output_hypernetworks_mlps", "iou_prediction_head")
+
+# Meta's files carry the first six digits of their MD5 in the name.
+OFFICIAL_FILES = {
+    "vit_b": "sam_vit_b_01ec64.pth",
+    "vit_l": "sam_vit_l_0b3195.pth",
+    "vit_h": "sam_vit_h_4b8939.pth",
+}
+DEMO_FILE = "sam_vit_ti_demo.safetensors"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a model is: all that must be known to rebuild it from its base and its adapter file.
+
+    num_classes counts foreground classes. lora_layers: adapted encoder blocks, empty without LoRA.
+    class_names: one per foreground class. recipe: how its slices were made (samlora.data.recipe), as
+    plain data. base: file name of the base weights, or "random:SEED". base_sha256: of that file.
+    """
+
+    system: str
+    variant: str
+    rank: int
+    lora_layers: tuple[int, ...]
+    image_size: int
+    num_classes: int
+    class_names: tuple[str, ...]
+    base: str
+    base_sha256: str | None = None
+    recipe: dict | None = None
+    samlora_version: str = ""
+    format_version: int = FORMAT_VERSION
+
+
+# --- reading and writing ---------------------------------------------------------------------------------
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a `.safetensors` file, or of a `.pth`/`.pt` file read with weights_only.
+
+    Raises MissingFileError when there is no such file, InputError when it cannot be read as plain tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"no weights at {path}; check the path")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read as weights ({_first_line(error)}); fetch or save it again") from None
+    except Exception as error:  # safetensors raises its own type for a broken header
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise InputError(f"{path}: is not a safetensors file ({_first_line(error)}); fetch or save it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise InputError(f"{path}: holds something else than named tensors; give a file of weights")
+    return tensors, {}
+
+
+def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all. Raises InputError for another ending."""
+    from safetensors.torch import save_file
+
+    if Path(path).suffix != ".safetensors":
+        raise InputError(f"{path}: adapters are written as .safetensors only; give such a name")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:160]
+
+
+def _digest(path: Path, kind: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+# --- base weights ----------------------------------------------------------------------------------------
+
+
+def find_base(variant: str) -> Path:
+    """The usual place of a variant's base weights: ./checkpoints, then the folder that ships with samlora.
+
+    Raises MissingFileError, with the command that fetches it, when the file is in neither.
+    """
+    name = DEMO_FILE if variant == "vit_ti" else OFFICIAL_FILES[variant]
+    for folder in (Path("checkpoints"), shipped("checkpoints")):
+        if (folder / name).is_file():
+            return folder / name
+    if variant == "vit_ti":
+        raise MissingFileError(f"the demo base {name} is missing from samlora's checkpoints folder; install samlora again")
+    raise MissingFileError(f"no base weights at checkpoints/{name}; fetch them with: samlora download {variant}")
+
+
+def check_official(path: Path) -> None:
+    """Raises InputError when a file under one of Meta's names does not have the MD5 its name promises."""
+    match = re.fullmatch(r"sam_(vit_[blh])_([0-9a-f]{6})\.pth", path.name)
+    if match and path.name in OFFICIAL_FILES.values():
+        digest = _digest(path, "md5")
+        if not digest.startswith(match[2]):
+            raise InputError(
+                f"{path}: the MD5 starts with {digest[:6]}, not with {match[2]} as its name promises; the file is "
+                f"damaged or not Meta's: delete it and run: samlora download {match[1]}"
+            )
+
+
+def recognise_variant(state: dict[str, Tensor], path: str | os.PathLike) -> str:
+    """The key of VARIANTS whose width the patch embedding has. Raises InputError when there is none."""
+    patches = state.get("image_encoder.patch_embed.proj.weight")
+    for name, variant in VARIANTS.items():
+        if patches is not None and patches.shape == (variant.width, 3, PATCH, PATCH):
+            return name
+    known = ", ".join(f"{name} ({v.width} wide)" for name, v in VARIANTS.items())
+    found = "no image_encoder.patch_embed.proj.weight" if patches is None else f"a patch embedding {tuple(patches.shape)}"
+    raise InputError(f"{path}: is not a SAM checkpoint: it has {found}; known variants: {known}")
+
+
+def load_base(path: str | os.PathLike, variant: str | None, image_size: int | None, num_masks: int | None) -> tuple[Sam, str]:
+    """Builds a SAM and fills it from a base checkpoint; returns it with the file's SHA-256.
+
+    variant: None to take what the file holds. image_size: None for the variant's own; position tables are
+    resized to it. num_masks: mask tokens of a semantic decoder, whose CLASS_TENSORS then start fresh; None
+    keeps the file's decoder as it is. Parameters are float32.
+    Raises MissingFileError or InputError: no file, wrong hash, another variant, a tensor missing,
+    unexpected or of a wrong shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        official = next((v for v, name in OFFICIAL_FILES.items() if name == path.name), None)
+        hint = f"fetch it with: samlora download {official}" if official else "fetch SAM's with: samlora download vit_b"
+        raise MissingFileError(f"no base weights at {path}; {hint}")
+    check_official(path)
+    state, _ = read_tensors(path)
+    found = recognise_variant(state, path)
+    if variant is not None and variant != found:
+        raise InputError(f"{path}: holds a {found} base, but {variant} was asked for; give the file of {variant} or --vit_name {found}")
+    image_size = VARIANTS[found].image_size if image_size is None else image_size
+    sam = build_sam(found, image_size, num_masks or len(state["mask_decoder.mask_tokens.weight"]))
+    _check_base(state, found, fresh_heads=num_masks is not None, path=path)
+    state = {name: tensor.float() for name, tensor in resize_positions(state, found, image_size).items()}
+    if num_masks is not None:
+        state = {name: tensor for name, tensor in state.items() if not _is_class_tensor(name)}
+    sam.load_state_dict(state, strict=num_masks is None)
+    return sam, _digest(path, "sha256")
+
+
+def _is_class_tensor(name: str) -> bool:
+    return any(part in name for part in CLASS_TENSORS)
+
+
+def _check_base(state: dict[str, Tensor], variant: str, fresh_heads: bool, path: Path) -> None:
+    """Compares a base's names and shapes with what a SAM of its own image size holds."""
+    positions = state.get("image_encoder.pos_embed")
+    if positions is None or positions.ndim != 4:
+        raise InputError(f"{path}: image_encoder.pos_embed is missing or not a (1, h, w, c) table; fetch the file again")
+    masks = state.get("mask_decoder.mask_tokens.weight")
+    expected = state_shapes(variant, positions.shape[1] * PATCH, 4 if masks is None else len(masks))
+    _compare({n: t.shape for n, t in state.items() if not (fresh_heads and _is_class_tensor(n))},
+             {n: s for n, s in expected.items() if not (fresh_heads and _is_class_tensor(n))},
+             f"{path}: is not a complete {variant} base", "fetch the file again")
+
+
+def _compare(found: dict, expected: dict, what: str, advice: str) -> None:
+    """Raises InputError naming the first missing, unexpected or misshapen tensor."""
+    for verb, names in (("lacks", expected.keys() - found.keys()), ("has an unexpected", found.keys() - expected.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"{what}: it {verb} {min(names)}{more}; {advice}")
+    for name, shape in expected.items():
+        if tuple(found[name]) != tuple(shape):
+            raise InputError(f"{what}: {name} has shape {tuple(found[name])}, expected {tuple(shape)}; {advice}")
+
+
+def resize_positions(state: dict[str, Tensor], variant: str, image_size: int) -> dict[str, Tensor]:
+    """Returns the state with its position tables resized to `image_size`, bilinear, align_corners=False.
+
+    `pos_embed` goes to S/16 x S/16; the relative tables of the global blocks go to 2 S/16 - 1 rows, over the
+    (rows, head channels) plane as SAMed does; windowed blocks keep theirs. Other entries pass untouched.
+    """
+    grid = image_size // PATCH
+    resized = dict(state)
+    name = "image_encoder.pos_embed"
+    if state[name].shape[1] != grid:
+        channels_first = state[name].float().permute(0, 3, 1, 2)
+        channels_first = F.interpolate(channels_first, (grid, grid), mode="bilinear", align_corners=False)
+        resized[name] = channels_first.permute(0, 2, 3, 1).contiguous()
+    for block in VARIANTS[variant].global_blocks:
+        for axis in "hw":
+            name = f"image_encoder.blocks.{block}.attn.rel_pos_{axis}"
+            table = state[name].float()
+            if table.shape[0] != 2 * grid - 1:
+                size = (2 * grid - 1, table.shape[1])
+                resized[name] = F.interpolate(table[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+    return resized
+
+
+# --- adapters --------------------------------------------------------------------------------------------
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What trains in a model, LoRA factors under SAMed's names and the rest under its state dict's names."""
+    short = {name: samed for samed, name in lora_names(model).items()}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {short.get(name, name): parameter.detach() for name, parameter in trained.items()}
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
+    """Writes everything that trains in a model, with its description, as one safetensors file, whole or not at all.
+
+    model: from `samlora.build_model` or `samlora.load_model`.
+    Raises InputError when the model was not built by samlora, or the ending is not .safetensors.
+    """
+    spec = getattr(model, "spec", None)
+    if spec is None:
+        raise InputError("this model has no description (model.spec); build it with samlora.build_model or load_model")
+    write_tensors(path, adapter_tensors(model), {"samlora": json.dumps(asdict(spec))})
+
+
+def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], Spec | None]:
+    """Tensors and description of an adapter file; None for files of SAMed and plain LoRA files.
+
+    Raises MissingFileError or InputError: no file, unreadable, not an adapter, or from a newer samlora.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"no adapter at {path}; train.py prints where it saved one")
+    tensors, metadata = read_tensors(path)
+    if "samlora" not in metadata:
+        if "w_a_000" not in tensors:
+            raise InputError(f"{path}: is not an adapter: it has neither samlora's description nor LoRA factors (w_a_000)")
+        return tensors, None
+    description = json.loads(metadata["samlora"])
+    if description.get("format_version", 0) > FORMAT_VERSION:
+        raise InputError(f"{path}: was written by samlora {description.get('samlora_version')}, newer than this one; upgrade samlora")
+    known = {field.name for field in fields(Spec)}
+    if set(description) != known:
+        raise InputError(f"{path}: its description is damaged (fields {sorted(set(description) ^ known)}); save it again")
+    for name in ("lora_layers", "class_names"):
+        description[name] = tuple(description[name])
+    return tensors, Spec(**description)
+
+
+def guess_spec(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict:
+    """What the tensors of a SAMed or plain LoRA file tell: system, variant, rank, layers and class count.
+
+    num_classes is None for plain LoRA files: they go with the base's own decoder.
+    """
+    rank, width = tensors["w_a_000"].shape
+    variant = next((name for name, v in VARIANTS.items() if v.width == width), None)
+    pairs = sum(name.startswith("w_a_") for name in tensors)
+    if variant is None or pairs != 2 * VARIANTS[variant].depth:
+        raise InputError(f"{path}: {pairs} LoRA pairs of width {width} fit no SAM variant with LoRA on q and v of all blocks")
+    tokens = tensors.get("mask_decoder.mask_tokens.weight")
+    system = "samed_s" if "sa_a_000" in tensors else "sam_lora" if tokens is None else "samed"
+    return {
+        "system": system,
+        "variant": variant,
+        "rank": rank,
+        "lora_layers": tuple(range(VARIANTS[variant].depth)),
+        "num_classes": None if tokens is None else len(tokens) - 1,
+    }
+
+
+def translate_adapter(sam: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a SAMed or plain LoRA file under the names of `sam`'s state dict, checked strictly.
+
+    The file must hold all LoRA factors of `sam`; beyond them either nothing, or what SAMed saves: the whole
+    prompt encoder and the mask decoder (SAMed_s: without its transformer).
+    """
+    names, state = lora_names(sam), sam.state_dict()
+    expected = dict(names)
+    if len(tensors) > len(names) or "mask_decoder.mask_tokens.weight" in tensors:
+        carried = [name for name in state if name.startswith(("prompt_encoder.", "mask_decoder."))]
+        partial = "sa_a_000" in names
+        expected |= {name: name for name in carried if not (partial and ".transformer." in name)}
+    _compare({n: t.shape for n, t in tensors.items()}, {n: state[full].shape for n, full in expected.items()},
+             f"{path}: does not fit this model", "give the rank, variant and class count it was trained with")
+    return {full: tensors[name].float() for name, full in expected.items()}
+
+
+def load_trained(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Copies an adapter's tensors into what trains in `model`. Raises InputError unless they fit exactly."""
+    own = adapter_tensors(model)
+    _compare({n: t.shape for n, t in tensors.items()}, {n: t.shape for n, t in own.items()},
+             f"{path}: does not fit this model", "use the system, rank and classes it was trained with")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])

@@ -1,0 +1,257 @@
+"""One row per system, and the three calls that make, load and rebuild a model from it."""
+
+import fnmatch
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from samlora.errors import InputError
+from samlora.model import checkpoint
+from samlora.model.checkpoint import Spec
+from samlora.model.lora import inject_decoder, inject_encoder
+from samlora.model.sam import STOCK_MASKS, VARIANTS, Sam, build_sam
+
+
+@dataclass(frozen=True)
+class System:
+    """How a system is built and what of it trains.
+
+    trains: patterns of parameter names; a leading "!" takes away what an earlier pattern gave.
+    lora_decoder: LoRA on the decoder's transformer too. semantic: one mask token per class and background,
+    no prompts; otherwise the base's own mask tokens, with prompts. module: SAMed's name of it, if any.
+    """
+
+    summary: str
+    trains: tuple[str, ...]
+    variant: str = "vit_b"
+    lora_decoder: bool = False
+    semantic: bool = True
+    module: str | None = None
+
+
+_ENCODER_LORA = "image_encoder.*.linear_[ab]_[qv].weight"
+# A forward pass without prompts touches nothing of the prompt encoder but no_mask_embed, and the loss does
+# not see the IoU head. SAMed marks those 21 tensors trainable all the same; under DDP they would hang.
+_SEMANTIC_DECODER = ("prompt_encoder.no_mask_embed.weight", "mask_decoder.*", "!mask_decoder.iou_prediction_head.*")
+
+SYSTEMS = {
+    "samed": System(
+        summary="LoRA on q and v of the image encoder, whole mask decoder (SAMed, arXiv 2304.13785)",
+        trains=(_ENCODER_LORA, *_SEMANTIC_DECODER),
+        module="sam_lora_image_encoder",
+    ),
+    "samed_s": System(
+        summary="SAMed with LoRA instead of full training in the decoder's transformer",
+        trains=(
+            _ENCODER_LORA,
+            *_SEMANTIC_DECODER,
+            "!mask_decoder.transformer.*",
+            "mask_decoder.transformer.*.linear_[ab].weight",
+        ),
+        lora_decoder=True,
+        module="sam_lora_image_encoder_mask_decoder",
+    ),
+    "samed_h": System(
+        summary="SAMed on ViT-H",
+        trains=(_ENCODER_LORA, *_SEMANTIC_DECODER),
+        variant="vit_h",
+    ),
+    "sam_lora": System(
+        summary="LoRA on q and v of the image encoder alone, SAM's own decoder and prompts",
+        trains=(_ENCODER_LORA,),
+        semantic=False,
+    ),
+}
+
+
+def system_row(name: str) -> System:
+    """The row of a system. Raises InputError for an unknown name."""
+    if name not in SYSTEMS:
+        raise InputError(f"unknown system {name!r}; known: {', '.join(SYSTEMS)}")
+    return SYSTEMS[name]
+
+
+def named_system(system: str | None, module: str | None) -> str | None:
+    """The system that a name of ours or SAMed's module name means, None for neither.
+
+    Raises InputError for an unknown module, or when the two disagree.
+    """
+    if module is None:
+        return system
+    by_module = {row.module: name for name, row in SYSTEMS.items() if row.module}
+    if module not in by_module and module not in SYSTEMS:
+        raise InputError(f"--module {module} is unknown; allowed: {', '.join(by_module)}")
+    named = by_module.get(module, module)
+    if system is not None and system != named:
+        raise InputError(f"--module {module} means the system {named}, but --system {system} was given; leave one out")
+    return named
+
+
+def trained_names(model: nn.Module, system: str) -> set[str]:
+    """Names of the parameters of `model` that train in `system`."""
+    names: set[str] = set()
+    for pattern in system_row(system).trains:
+        found = {n for n, _ in model.named_parameters() if fnmatch.fnmatchcase(n, pattern.removeprefix("!"))}
+        names = names - found if pattern.startswith("!") else names | found
+    return names
+
+
+def train_only(model: nn.Module, names: Iterable[str]) -> None:
+    """Makes the parameters `names` train and freezes all others. Raises InputError for a name not there."""
+    names = set(names)
+    parameters = dict(model.named_parameters())
+    if names - parameters.keys():
+        raise InputError(f"no parameter {min(names - parameters.keys())} in this model to train")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in names)
+
+
+def build_model(
+    system: str = "samed",
+    base: str | os.PathLike | None = "default",
+    variant: str | None = None,
+    image_size: int | None = None,
+    num_classes: int = 8,
+    rank: int = 4,
+    lora_layers: Iterable[int] | None = None,
+    class_names: Iterable[str] | None = None,
+    recipe: dict | None = None,
+) -> Sam:
+    """Builds a system on a base, ready to train: `model(images (B, 3, S, S)) -> logits`, on the CPU, float32.
+
+    base: a base checkpoint; "default" for the variant's file in ./checkpoints (vit_ti: the demo base that
+    ships); None for random weights, with a warning.
+    variant: vit_ti, vit_b, vit_l or vit_h; None to read it from the base.
+    image_size: S, a multiple of 16; None for 512 (vit_ti: 256).
+    num_classes: foreground classes; logits are (B, num_classes + 1, S/4, S/4) with background 0.
+    rank, lora_layers: of the LoRA pairs; all encoder blocks when None.
+    class_names, recipe: kept in the adapter file; recipe is plain data (samlora.data.recipe).
+    The result's `.spec` says what it is. Raises InputError or MissingFileError when something does not fit.
+    """
+    row = system_row(system)
+    if num_classes < 1:
+        raise InputError(f"num_classes {num_classes} is not possible; it counts foreground classes: give 1 or more")
+    names = tuple(class_names) if class_names is not None else tuple(f"class_{i}" for i in range(1, num_classes + 1))
+    if len(names) != num_classes:
+        raise InputError(f"{len(names)} class names for num_classes {num_classes}; give one name per foreground class")
+    num_masks = num_classes + 1 if row.semantic else None
+    sam, base_name, digest = _base(base, variant, row, image_size, num_masks)
+    layers = inject_encoder(sam.image_encoder, rank, lora_layers)
+    if row.lora_decoder:
+        inject_decoder(sam.mask_decoder.transformer, rank)
+    train_only(sam, trained_names(sam, system))
+    sam.spec = Spec(
+        system=system,
+        variant=sam.variant,
+        rank=rank,
+        lora_layers=tuple(layers),
+        image_size=sam.image_size,
+        num_classes=num_classes,
+        class_names=names,
+        base=base_name,
+        base_sha256=digest,
+        recipe=recipe,
+        samlora_version=_version(),
+    )
+    return sam
+
+
+def _base(
+    base: str | os.PathLike | None, variant: str | None, row: System, image_size: int | None, num_masks: int | None
+) -> tuple[Sam, str, str | None]:
+    """The SAM, the name of its base and the SHA-256 of the base's file."""
+    if base == "default":
+        base = checkpoint.find_base(_known(variant or row.variant))
+    if base is not None and not str(base).startswith("random:"):
+        path = Path(base)
+        found = variant
+        if image_size is None and path.is_file():
+            found = checkpoint.recognise_variant(checkpoint.read_tensors(path)[0], path)
+        size = image_size or _usual_size(found or row.variant)
+        sam, digest = checkpoint.load_base(path, variant, size, num_masks)
+        return sam, path.name, digest
+    variant = _known(variant or row.variant)
+    if base is None:
+        # The seed is drawn from torch's generator and kept in the adapter, so that it can be rebuilt.
+        seed = int(torch.randint(2**31 - 1, ()))
+        warnings.warn(f"base=None: {variant} starts from random weights (seed {seed}), not from a trained SAM", stacklevel=3)
+    else:
+        seed = int(str(base).removeprefix("random:"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sam = build_sam(variant, image_size or _usual_size(variant), num_masks or STOCK_MASKS)
+    return sam, f"random:{seed}", None
+
+
+def _known(variant: str) -> str:
+    if variant not in VARIANTS:
+        raise InputError(f"unknown SAM variant {variant!r}; known: {', '.join(VARIANTS)}")
+    return variant
+
+
+def _usual_size(variant: str) -> int:
+    """SAMed trains at 512; the small variant at its own size."""
+    return min(512, VARIANTS[_known(variant)].image_size)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("samlora")
+    except metadata.PackageNotFoundError:  # run from a source tree that was not installed
+        return "source"
+
+
+def load_model(
+    adapter: str | os.PathLike, base: str | os.PathLike | None = "default", image_size: int | None = None
+) -> Sam:
+    """Rebuilds a trained model: `model(images) -> logits`, on the CPU, in evaluation mode.
+
+    adapter: a file of samlora, of SAMed (`.pth`), or plain LoRA safetensors; rank and class count are read
+    from it. base: the base it was trained on; "default" or None for that base's usual place (or, for a model
+    that began from random weights, those weights again). image_size: None for the adapter's own; SAMed's
+    files do not know theirs and get 512.
+    Raises InputError when the adapter and the base do not belong together, or a tensor is missing,
+    unexpected or of another shape.
+    """
+    tensors, spec = checkpoint.read_adapter(adapter)
+    base = "default" if base is None else base
+    # Nothing below may depend on, or move, the caller's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if spec is None:
+            return _load_foreign(tensors, adapter, base, image_size).eval()
+        if spec.base.startswith("random:") and base != "default":
+            raise InputError(f"{adapter}: was trained on random weights ({spec.base}), not on {base}; leave the base out")
+        model = build_model(
+            system=spec.system,
+            base=spec.base if spec.base.startswith("random:") else base,
+            variant=spec.variant,
+            image_size=image_size or spec.image_size,
+            num_classes=spec.num_classes,
+            rank=spec.rank,
+            lora_layers=spec.lora_layers,
+            class_names=spec.class_names,
+            recipe=spec.recipe,
+        )
+    if model.spec.base_sha256 != spec.base_sha256:
+        raise InputError(
+            f"{adapter}: was trained on the base {spec.base} (SHA-256 {spec.base_sha256[:12]}...), but {model.spec.base} "
+            f"has {model.spec.base_sha256[:12]}...; give that base with --ckpt"
+        )
+    checkpoint.load_trained(model, tensors, adapter)
+    return model.eval()
+
+
+def _load_foreign(tensors: dict, adapter: str | os.PathLike, base: str | os.PathLike, image_size: int | None) -> Sam:
+    guess = checkpoint.guess_spec(tensors, adapter)
+    guess["num_classes"] = guess["num_classes"] or STOCK_MASKS - 1
+    model = build_model(base=base, image_size=image_size, **guess)
+    model.load_state_dict(checkpoint.translate_adapter(model, tensors, adapter), strict=False)
+    return model
+

@@ -1,0 +1,293 @@
+"""Segment Anything of any image size and class count, batched, under Meta's key names.
+
+Built on the modules of the `segment-anything` package. What differs from them: attention computes padded
+window tokens from the bias instead of multiplying zeros, every image of a batch may have any number of
+prompts in one decoder call, and all mask tokens are returned.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import MaskDecoder as StockMaskDecoder
+from segment_anything.modeling import PromptEncoder, TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d, MLPBlock
+from segment_anything.modeling.image_encoder import PatchEmbed
+from torch import Tensor, nn
+
+from samlora.errors import InputError
+
+PATCH = 16
+WINDOW = 14
+EMBED = 256  # channels of the image embedding and of every prompt token
+STOCK_MASKS = 4  # one mask for a clear prompt and three for an ambiguous one
+
+# SAM's own pixel statistics, for images in 0..255 (segment_anything.build_sam).
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Size of an image encoder: channels, blocks, heads, the blocks with global attention, usual image side."""
+
+    width: int
+    depth: int
+    heads: int
+    global_blocks: tuple[int, ...]
+    image_size: int
+
+
+VARIANTS = {
+    "vit_ti": Variant(192, 12, 3, (2, 5, 8, 11), 256),
+    "vit_b": Variant(768, 12, 12, (2, 5, 8, 11), 1024),
+    "vit_l": Variant(1024, 24, 16, (5, 11, 17, 23), 1024),
+    "vit_h": Variant(1280, 32, 16, (7, 15, 23, 31), 1024),
+}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts for P masks, in pixels (x, y) of the model's input of side S.
+
+    points: (P, N, 2) float with labels (P, N): 1 on the object, 0 on the background, -1 padding.
+    boxes: (P, 4) float, XYXY.
+    masks: (P, 1, S/4, S/4) float logits of an earlier prediction.
+    image_index: (P,) int64, the image of the batch each prompt belongs to; None when P equals the batch.
+    """
+
+    points: Tensor | None = None
+    labels: Tensor | None = None
+    boxes: Tensor | None = None
+    masks: Tensor | None = None
+    image_index: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Self-attention over a grid of tokens with decomposed relative positions (ViTDet, arXiv 2203.16527)."""
+
+    def __init__(self, width: int, heads: int, grid: int):
+        super().__init__()
+        self.num_heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid - 1, width // heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid - 1, width // heads))
+
+    def forward(self, x: Tensor, window: int) -> Tensor:
+        """Attends within windows of side `window`, or over the whole grid where that is 0.
+
+        x: (B, H, W, C) -> (B, H, W, C).
+        """
+        batch, height, width, channels = x.shape
+        # A zero token has q, k, v equal to the bias: multiply real tokens only and pad with the bias.
+        qkv = self.qkv(x)
+        if window:
+            qkv = partition(qkv, window, self.qkv.bias)
+        count, rows, cols, _ = qkv.shape
+        q, k, v = qkv.view(count, rows * cols, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        rel_h, rel_w = self._relative(q, rows, cols)
+        # Measured on CPUs: plain matrix products win in small windows and in bfloat16, the widened form
+        # wins on long float32 sequences without a graph. Only the latter runs on a GPU's flash kernels.
+        long_float32 = q.dtype == torch.float32 and rows * cols >= 1024
+        attend = _attend_widened if q.is_cuda or long_float32 else _attend_matmul
+        out = attend(q, k, v, rel_h, rel_w).transpose(1, 2).reshape(count, rows, cols, channels)
+        if window:
+            out = unpartition(out, window, height, width)
+        return self.proj(out)
+
+    def _relative(self, q: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+        """Products of every query with the tables of its row and column: (n, heads, rows, cols, rows | cols)."""
+        grid = q.unflatten(2, (rows, cols))
+        rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid, _table(self.rel_pos_h, rows).to(q.dtype))
+        rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid, _table(self.rel_pos_w, cols).to(q.dtype))
+        return rel_h, rel_w
+
+
+def _table(rel_pos: Tensor, size: int) -> Tensor:
+    """(2 size - 1, d) offsets -> (size, size, d): entry [i, j] is the offset i - j."""
+    index = torch.arange(size, device=rel_pos.device)
+    return rel_pos[index[:, None] - index[None, :] + size - 1]
+
+
+def _attend_matmul(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    rows, cols = rel_h.shape[-1], rel_w.shape[-1]
+    grid = logits.view(*logits.shape[:2], rows, cols, rows, cols)
+    logits = (grid + rel_h.unsqueeze(-1) + rel_w.unsqueeze(-2)).view(logits.shape)
+    return logits.softmax(dim=-1).to(v.dtype) @ v
+
+
+def _attend_widened(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """The same attention without a mask: [q s, rel_h, rel_w] . [k, onehot(row), onehot(col)]."""
+    rows, cols, depth = rel_h.shape[-1], rel_w.shape[-1], q.shape[-1]
+    index = torch.arange(rows * cols, device=q.device)
+    place = torch.cat([F.one_hot(index // cols, rows), F.one_hot(index % cols, cols)], dim=1).to(q.dtype)
+    wide_q = torch.cat([q * depth**-0.5, rel_h.flatten(2, 3), rel_w.flatten(2, 3)], dim=-1)
+    wide_k = torch.cat([k, place.expand(*k.shape[:2], -1, -1)], dim=-1)
+    wide_v = F.pad(v, (0, rows + cols))  # flash kernels want one head size for all three
+    return F.scaled_dot_product_attention(wide_q, wide_k, wide_v, scale=1.0)[..., :depth]
+
+
+def partition(x: Tensor, window: int, fill: Tensor) -> Tensor:
+    """Cuts (B, H, W, C) into (B * windows, window, window, C), padding right and bottom with `fill` (C,)."""
+    batch, height, width, channels = x.shape
+    rows, cols = -(-height // window), -(-width // window)
+    if (height, width) != (rows * window, cols * window):
+        padded = fill.to(x.dtype).expand(batch, rows * window, cols * window, channels).clone()
+        padded[:, :height, :width] = x
+        x = padded
+    x = x.view(batch, rows, window, cols, window, channels)
+    return x.transpose(2, 3).reshape(-1, window, window, channels)
+
+
+def unpartition(x: Tensor, window: int, height: int, width: int) -> Tensor:
+    """Undoes `partition`: (B * windows, window, window, C) -> (B, height, width, C)."""
+    rows, cols = -(-height // window), -(-width // window)
+    x = x.view(-1, rows, cols, window, window, x.shape[-1]).transpose(2, 3)
+    return x.reshape(-1, rows * window, cols * window, x.shape[-1])[:, :height, :width]
+
+
+class Block(nn.Module):
+    """Transformer block of the image encoder; `window_size` 0 means global attention."""
+
+    def __init__(self, width: int, heads: int, window_size: int, grid: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads, window_size or grid)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLPBlock(embedding_dim=width, mlp_dim=4 * width)
+        self.window_size = window_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), self.window_size)
+        return x + self.mlp(self.norm2(x))
+
+
+class ImageEncoder(nn.Module):
+    """SAM's ViT: images (B, 3, S, S) -> embeddings (B, 256, S/16, S/16)."""
+
+    def __init__(self, variant: Variant, image_size: int):
+        super().__init__()
+        grid = image_size // PATCH
+        self.img_size = image_size
+        self.patch_embed = PatchEmbed((PATCH, PATCH), (PATCH, PATCH), embed_dim=variant.width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, variant.width))
+        self.blocks = nn.ModuleList(
+            Block(variant.width, variant.heads, 0 if i in variant.global_blocks else WINDOW, grid)
+            for i in range(variant.depth)
+        )
+        self.neck = nn.Sequential(
+            nn.Conv2d(variant.width, EMBED, 1, bias=False),
+            LayerNorm2d(EMBED),
+            nn.Conv2d(EMBED, EMBED, 3, padding=1, bias=False),
+            LayerNorm2d(EMBED),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x.permute(0, 3, 1, 2))
+
+
+class MaskDecoder(StockMaskDecoder):
+    """SAM's mask decoder for prompts of many images at once; returns every mask token's mask."""
+
+    def forward(
+        self, embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor, image_index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Predicts one mask per mask token for each of P prompts.
+
+        embeddings: (B, 256, h, w). image_pe: (1, 256, h, w). sparse: (P, N, 256). dense: (P, 256, h, w).
+        image_index: (P,) int64, the image of each prompt; None when prompt i belongs to image i.
+        Returns masks (P, M, 4h, 4w) and predicted IoU (P, M).
+        """
+        count = sparse.shape[0]
+        source = embeddings if image_index is None else embeddings[image_index]
+        _, channels, height, width = source.shape
+        tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(count, -1, -1)
+        tokens = torch.cat([tokens, sparse], dim=1)
+        tokens, source = self.transformer(source + dense, image_pe.expand(count, -1, -1, -1), tokens)
+        pixels = self.output_upscaling(source.transpose(1, 2).reshape(count, channels, height, width))
+        mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens].unbind(1)
+        weights = torch.stack([mlp(t) for mlp, t in zip(self.output_hypernetworks_mlps, mask_tokens)], dim=1)
+        masks = (weights @ pixels.flatten(2)).unflatten(2, pixels.shape[2:])
+        return masks, self.iou_prediction_head(tokens[:, 0])
+
+
+class Sam(nn.Module):
+    """Segment Anything: `image_encoder`, `prompt_encoder`, `mask_decoder`, with Meta's key names."""
+
+    def __init__(self, variant: str, image_size: int, num_masks: int):
+        super().__init__()
+        self.variant = variant
+        self.image_size = image_size
+        self.num_masks = num_masks
+        grid = image_size // PATCH
+        self.image_encoder = ImageEncoder(VARIANTS[variant], image_size)
+        self.prompt_encoder = PromptEncoder(EMBED, (grid, grid), (image_size, image_size), mask_in_chans=16)
+        self.mask_decoder = MaskDecoder(
+            num_multimask_outputs=num_masks - 1,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=EMBED, mlp_dim=2048, num_heads=8),
+            transformer_dim=EMBED,
+        )
+
+    def decode(
+        self, embeddings: Tensor, sparse: Tensor, dense: Tensor, image_index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Masks (P, M, S/4, S/4) and predicted IoU (P, M) from embeddings and embedded prompts."""
+        # Sines of large arguments: half precision would move every position.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            image_pe = self.prompt_encoder.get_dense_pe()
+        return self.mask_decoder(embeddings, image_pe, sparse, dense, image_index)
+
+    def embed_prompts(self, prompts: Prompts | None, count: int) -> tuple[Tensor, Tensor]:
+        """Sparse (P, N, 256) and dense (P, 256, h, w) embeddings; without prompts P = `count`, N = 0."""
+        if prompts is None:
+            sparse, dense = self.prompt_encoder(points=None, boxes=None, masks=None)
+            return sparse.expand(count, -1, -1), dense.expand(count, -1, -1, -1)
+        points = None if prompts.points is None else (prompts.points, prompts.labels)
+        with torch.autocast(self.prompt_encoder.no_mask_embed.weight.device.type, enabled=False):
+            return self.prompt_encoder(points=points, boxes=prompts.boxes, masks=prompts.masks)
+
+    def forward(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
+        """Low-resolution logits of a batch.
+
+        images: (B, 3, S, S). Without prompts every mask token's mask: (B, num_masks, S/4, S/4).
+        With prompts one mask per prompt (mask token 0, SAM's single-mask output): (P, 1, S/4, S/4).
+        Raises InputError for images of another size.
+        """
+        side = self.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise InputError(
+                f"images of shape {tuple(images.shape)} do not fit this model, which takes (batch, 3, {side}, {side}); "
+                f"resize them or build the model with another image_size"
+            )
+        sparse, dense = self.embed_prompts(prompts, images.shape[0])
+        index = None if prompts is None else prompts.image_index
+        masks, _ = self.decode(self.image_encoder(images), sparse, dense, index)
+        return masks if prompts is None else masks[:, :1]
+
+
+def build_sam(variant: str, image_size: int | None = None, num_masks: int = STOCK_MASKS) -> Sam:
+    """Builds a SAM with random weights.
+
+    variant: a key of VARIANTS. image_size: side in pixels, a multiple of 16; None for the variant's own.
+    num_masks: mask tokens of the decoder; 4 as in Meta's files, num_classes + 1 for semantic masks.
+    Raises InputError for an unknown variant or an impossible size.
+    """
+    if variant not in VARIANTS:
+        raise InputError(f"unknown SAM variant {variant!r}; known: {', '.join(VARIANTS)}")
+    image_size = VARIANTS[variant].image_size if image_size is None else image_size
+    if image_size < PATCH or image_size % PATCH:
+        raise InputError(f"image size {image_size} is not a multiple of {PATCH}; try {max(1, round(image_size / PATCH)) * PATCH}")
+    return Sam(variant, image_size, num_masks)
+
+
+@functools.cache
+def state_shapes(variant: str, image_size: int | None = None, num_masks: int = STOCK_MASKS) -> dict[str, torch.Size]:
+    """Name -> shape of every entry of the state dict, without allocating any weight."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in build_sam(variant, image_size, num_masks).state_dict().items()}

@@ -1,0 +1,126 @@
+"""Options stated once, as a dataclass: read from flags and YAML, written back with their types."""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from samlora.errors import InputError, MissingFileError
+from samlora.files import shipped, whole
+
+Options = TypeVar("Options")
+
+
+def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
+    """A field of an options class: its default, its help text and, if it is one of a few, the choices."""
+    meta = {"help": help, "choices": tuple(choices) if choices else None}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
+    """Adds a `--flag` for every field. Flags that were not given leave no trace in the parsed result."""
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        kind, is_list, _ = _kind(hints[field.name])
+        shown = "" if field.default is None or field.default == () else f" (default: {field.default})"
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": (field.metadata["help"] + shown).replace("%", "%%")}
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings |= {"type": kind, "choices": field.metadata["choices"], "metavar": kind.__name__.upper()}
+            if settings["choices"]:
+                settings.pop("metavar")
+            if is_list:
+                settings["nargs"] = "+"
+        parser.add_argument(f"--{field.name}", **settings)
+
+
+def make(options: type[Options], given: Mapping[str, Any], source: str = "") -> Options:
+    """An instance from names and values, each checked against its field's type and choices.
+
+    source: where the values stand, for messages. Raises InputError for an unknown name or a wrong value.
+    """
+    hints = typing.get_type_hints(options)
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    values = {}
+    for name, value in given.items():
+        where = f"{source}: {name}" if source else f"--{name}"
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1)
+            raise InputError(f"{where} is no option" + (f"; did you mean {close[0]}?" if close else f"; known: {', '.join(fields)}"))
+        values[name] = _checked(value, hints[name], where)
+        choices = fields[name].metadata["choices"]
+        if choices and value is not None and value not in choices:
+            raise InputError(f"{where} {value} is not possible; allowed: {', '.join(choices)}")
+    return options(**values)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; a bare name means a file of configs/ that ships with samlora.
+
+    Raises MissingFileError or InputError.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(p.stem for p in shipped("configs").glob("*.yaml"))
+        if str(path) not in known:
+            raise MissingFileError(f"--config {path}: there is no such file; give a YAML file or one of: {', '.join(known)}")
+        path = shipped("configs") / f"{path}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{path}: is not YAML ({reason}); correct it") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold lines of the form `name: value`")
+    return values
+
+
+def write_yaml(path: str | Path, options: Any) -> None:
+    """Writes an instance so that `make(type, read_yaml(path))` equals it."""
+    import yaml
+
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items()}
+    with whole(path) as temporary:
+        temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _kind(hint: Any) -> tuple[type, bool, bool]:
+    """(element type, is a tuple, may be None) of a field's annotation."""
+    optional = isinstance(hint, types.UnionType)
+    if optional:
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True, optional
+    return hint, False, optional
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    kind, is_list, optional = _kind(hint)
+    if value is None and optional:
+        return None
+    if is_list:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_scalar(item, kind, where) for item in items)
+    return _scalar(value, kind, where)
+
+
+def _scalar(value: Any, kind: type, where: str) -> Any:
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is kind:
+        return value
+    if kind is str and type(value) in (int, float):  # case names such as 0005 in YAML
+        return str(value)
+    if kind is float and type(value) is str:  # YAML reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise InputError(f"{where} {value!r} is not possible; it must be of type {kind.__name__}")

@@ -1,0 +1,135 @@
+"""SAMed's exact numbers (see golden/inputs.py), through the public functions."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import samlora
+from samlora.evaluation.metrics import evaluate
+from samlora.inference.slices import predict_slices
+from samlora.model.checkpoint import adapter_tensors, read_tensors
+from samlora.model.lora import lora_names
+from samlora.model.sam import state_shapes
+from samlora.training.losses import dice_ce
+from samlora.training.schedule import learning_rate
+from samlora.training.setup import make_optimizer
+from samlora.training.config import TrainConfig
+
+HERE = Path(__file__).parent / "golden"
+_spec = importlib.util.spec_from_file_location("golden_inputs", HERE / "inputs.py")
+inputs = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(inputs)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return np.load(HERE / "samed_reference.npz", allow_pickle=False)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A file with the names and shapes of Meta's ViT-B, saved as Meta saves it."""
+    path = tmp_path_factory.mktemp("base") / "vit_b.pth"
+    arrays = inputs.base_checkpoint(state_shapes("vit_b"))
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def golden_model(base, tmp_path_factory):
+    """Builds the model of a case by way of an adapter file as SAMed writes it."""
+
+    def build(system: str, image_size: int, num_classes: int, zero_b: bool = False):
+        model = samlora.build_model(system, base=base, image_size=image_size, num_classes=num_classes)
+        state, stock = model.state_dict(), read_tensors(base)[0]
+        tensors = {
+            short: torch.from_numpy(inputs.lora(short, tuple(state[name].shape), zero_b=zero_b))
+            for short, name in lora_names(model).items()
+        }
+        for name in state:
+            skipped = system == "samed_s" and ".transformer." in name
+            if name.startswith(("prompt_encoder.", "mask_decoder.")) and not skipped:
+                fresh = any(part in name for part in inputs.FRESH_HEADS)
+                value = inputs.fresh_head(name, tuple(state[name].shape)) if fresh else stock[name]
+                tensors[name] = torch.as_tensor(value)
+        path = tmp_path_factory.mktemp("adapter") / "epoch_159.pth"
+        torch.save(tensors, path)
+        return samlora.load_model(path, base=base, image_size=image_size)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "system, size, classes", [("samed", 224, 8), ("samed", 512, 8), ("samed", 256, 1), ("samed_s", 256, 8)]
+)
+def test_logits(reference, golden_model, system, size, classes):
+    model = golden_model(system, size, classes)
+    assert (model.spec.system, model.spec.rank, model.spec.num_classes) == (system, 4, classes)
+    image = torch.from_numpy(inputs.image(0, size)).expand(1, 3, -1, -1)
+    entry = f"{system}_S{size}_K{classes}"
+    with torch.no_grad():
+        logits = model(image)
+        _, iou = model.decode(model.image_encoder(image), *model.embed_prompts(None, 1))
+        merged = samlora.merge(model)(image)
+    torch.testing.assert_close(logits[0], torch.from_numpy(reference[f"{entry}_logits"]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(merged, logits, atol=1e-4, rtol=0)
+    if f"{entry}_iou" in reference:
+        torch.testing.assert_close(iou[0], torch.from_numpy(reference[f"{entry}_iou"]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("system", ["samed", "samed_s"])
+def test_eight_training_steps(reference, golden_model, system):
+    model = golden_model(system, 256, 3, zero_b=True).train()
+    optimizer = make_optimizer(TrainConfig(base_lr=0.001), model, torch.device("cpu"))
+    images = torch.stack([torch.from_numpy(inputs.image(i, 256)).expand(3, -1, -1) for i in (10, 11)])
+    labels = torch.from_numpy(inputs.train_labels())
+    losses, rates = [], []
+    for step in range(8):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 0.001, 12, warmup_period=3)
+        loss, ce, dice = dice_ce(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append([loss.item(), ce.item(), dice.item()])
+        rates.append(learning_rate(step + 1, 0.001, 12, warmup_period=3))
+    np.testing.assert_allclose(losses, reference[f"{system}_train_losses"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(rates, reference[f"{system}_train_lrs"], rtol=1e-12)
+    tensors = adapter_tensors(model)
+    norms = [float(tensors[f"w_b_{i:03d}"].norm()) for i in range(24)]
+    np.testing.assert_allclose(norms, reference[f"{system}_train_wb_norms"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("system", ["samed", "samed_s"])
+def test_number_of_trained_parameters(reference, system):
+    with pytest.warns(UserWarning, match="random weights"):
+        model = samlora.build_model(system, base=None, variant="vit_b", image_size=256, num_classes=3)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    untouched = [
+        p
+        for n, p in model.named_parameters()
+        if n.startswith(("prompt_encoder.", "mask_decoder.iou_prediction_head.")) and not p.requires_grad
+    ]
+    # SAMed marks 21 tensors trainable that its forward never touches; they are frozen here.
+    assert len(untouched) == 21
+    assert trained + sum(p.numel() for p in untouched) == int(reference[f"{system}_n_trainable"])
+
+
+@pytest.mark.real
+def test_volume(reference, golden_model, real_data):
+    import nibabel
+
+    ct, truth = (
+        np.asanyarray(nibabel.load(real_data / "ct_abdomen" / name).dataobj)
+        for name in ("example_ct_sm.nii.gz", "example_seg.nii.gz")
+    )
+    image, label = inputs.abdominal_volume(ct, truth)
+    model = golden_model("samed", 256, 8)
+    prediction = predict_slices(samlora.merge(model), image, 256, input_size=224)
+    assert (prediction == reference["volume_prediction"]).mean() >= 0.999
+    measured = evaluate(reference["volume_prediction"], label, (1, 1, 1), range(1, 9), policy="samed")
+    figures = [[measured[i]["dice"], measured[i]["hd95"]] for i in range(1, 9)]
+    np.testing.assert_allclose(figures, reference["volume_metrics"], atol=1e-6)

@@ -91,6 +91,7 @@ def evaluate(
     labels: Sequence[int] | None = None,
     policy: str = "strict",
     tolerance_mm: float = 2.0,
+    distances: bool = True,
 ) -> dict[int, dict[str, float]]:
     """Compares a label map with its reference and returns the measures of every label.
 
@@ -98,6 +99,7 @@ def evaluate(
     spacing: size of a voxel in mm along each array axis, in the order of the axes.
     labels: the labels to measure; default: those that occur in either map (1 for bool arrays).
     tolerance_mm: how far apart two surfaces may be and still agree in `nsd`.
+    distances: False leaves hd, hd95, asd, assd and nsd out ("strict" only), which is much faster.
 
     policy "strict": all of METRICS. Distances are in mm, volumes in ml (`volume_error_ml` is prediction
     minus reference; NaN in 2D), the rest are fractions. A label absent from both maps has no overlap and
@@ -134,7 +136,7 @@ def evaluate(
         if policy == "samed":
             result[label] = _published(*pair)
         else:
-            result[label] = _strict(*pair, pred.shape, step, tolerance_mm)
+            result[label] = _strict(*pair, pred.shape, step, tolerance_mm if distances else None)
     return result
 
 
@@ -179,9 +181,12 @@ def _figures(values: np.ndarray) -> dict[str, float]:
 
 
 def _strict(
-    pred: np.ndarray, gt: np.ndarray, shape: tuple[int, ...], step: np.ndarray, tolerance_mm: float
+    pred: np.ndarray, gt: np.ndarray, shape: tuple[int, ...], step: np.ndarray, tolerance_mm: float | None
 ) -> dict[str, float]:
-    """All of METRICS of one label, from its masks in the box around both; shape is the whole array's."""
+    """All of METRICS of one label, from its masks in the box around both; shape is the whole array's.
+
+    A tolerance of None leaves the measures of surfaces out.
+    """
     size, reference_size = np.count_nonzero(pred), np.count_nonzero(gt)
     hit = np.count_nonzero(pred & gt)
     false_alarm, miss = size - hit, reference_size - hit
@@ -190,7 +195,7 @@ def _strict(
     nowhere = not (size or reference_size)
 
     def fraction(part: float, of: float) -> float:
-        # With one mask empty the worst value stands, as in MedPy: a missed organ must not drop out of a mean.
+        # With one mask empty the worst value stands: a missed organ must not drop out of a mean.
         return part / of if of else math.nan if nowhere else 0.0
 
     values = {
@@ -201,7 +206,9 @@ def _strict(
         "specificity": rest / (rest + false_alarm) if rest + false_alarm else math.nan,
         "accuracy": (hit + rest) / total,
     }
-    if size and reference_size:
+    if tolerance_mm is None:
+        pass
+    elif size and reference_size:
         surfaces = _surface_distances(pred, gt, step)
         values |= {name: getattr(surfaces, name)() for name in DISTANCES}
         values["nsd"] = surfaces.nsd(tolerance_mm)

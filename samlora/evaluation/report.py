@@ -31,8 +31,6 @@ PALETTE = (
 _INK, _MUTED, _GRID = "#1b1f24", "#5b6470", "#e3e6ea"  # text, secondary text, grid lines
 _FILL_OPACITY = 0.45
 
-Cases = Mapping[str, Mapping[int, Mapping[str, float]]]
-
 
 def class_colour(label: int) -> tuple[float, float, float]:
     """The colour of a class, the same in every picture: RGB in 0..1. `label` counts from 1."""
@@ -48,7 +46,7 @@ def table(summaries: Mapping[str, Mapping], class_names: Mapping[int, str]) -> s
     """
     labels = sorted({label for summary in summaries.values() for label in summary["classes"]})
     names = {label: class_names.get(label, f"class {label}") for label in labels}
-    width = min(24, max([len("all classes"), *map(len, names.values())]))
+    width = min(20, max([len("all classes"), *map(len, names.values())]))
     titles, heads = " " * width, "class".ljust(width)
     for policy in summaries:
         unit = "vox" if policy == "samed" else "mm"
@@ -78,7 +76,9 @@ def _number(value: float | None, width: int, digits: int, scale: float = 1) -> s
 
 
 def write_metrics_csv(
-    path: str | os.PathLike, cases: Mapping[str, Cases], class_names: Mapping[int, str]
+    path: str | os.PathLike,
+    cases: Mapping[str, Mapping[str, Mapping[int, Mapping[str, float]]]],
+    class_names: Mapping[int, str],
 ) -> None:
     """Writes one row per case and class: case, label, class, then the measures.
 
@@ -113,13 +113,11 @@ def write_summary_json(
     summaries: policy -> what `metrics.summarise` returned. about: where the figures come from (adapter,
     data, version), whatever JSON can hold. Each class also gets its "label". Undefined values become null.
     """
-    policies = {}
+    policies = {policy: {**summary, "classes": {}} for policy, summary in summaries.items()}
     for policy, summary in summaries.items():
-        classes = {
-            class_names.get(label, f"class {label}"): {"label": label, **figures}
-            for label, figures in summary["classes"].items()
-        }
-        policies[policy] = {**summary, "classes": classes}
+        for label, figures in summary["classes"].items():
+            name = class_names.get(label, f"class {label}")
+            policies[policy]["classes"][name] = {"label": label, **figures}
     content = _without_nan({"about": about or {}, "policies": policies})
     with whole(path) as part:
         part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

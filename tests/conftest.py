@@ -1,0 +1,38 @@
+"""Fixtures that several test files use."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from samlora.data.grid import Volume
+from samlora.data.volume import write_volume
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real images; tests that need it are skipped where it is absent."""
+    folder = Path(os.environ.get("SAMLORA_DATA") or ROOT.parent / "shared" / "data")
+    if not (folder / "ct_abdomen").is_dir():
+        pytest.skip(f"no real images: {folder} has no ct_abdomen; set SAMLORA_DATA to the folder that has")
+    return folder
+
+
+@pytest.fixture
+def make_case(tmp_path):
+    """Writes an image (HU, each voxel different) and a label as NIfTI below tmp_path; returns the folder."""
+
+    def make(image: str, label: str | None, shape=(9, 8, 5), seed: int = 0, values=(0, 1, 2, 5)) -> Path:
+        rng = np.random.default_rng(seed)
+        affine = np.diag([-0.75, -0.75, 2.5, 1.0])
+        affine[:3, 3] = 100, -20.5, 7
+        hu = rng.permutation(np.prod(shape)).reshape(shape).astype(np.int16) * 2 - 300
+        write_volume(Volume(hu, affine, 1, 1), tmp_path / image)
+        if label is not None:
+            write_volume(Volume(rng.choice(values, shape).astype(np.uint8), affine, 1, 1), tmp_path / label)
+        return tmp_path
+
+    return make

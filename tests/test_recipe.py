@@ -1,0 +1,146 @@
+"""A recipe says what it does, does it, and survives being stored."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from samlora.data.grid import Volume
+from samlora.data.recipe import Recipe
+from samlora.errors import InputError, MissingFileError
+from samlora.files import shipped
+
+CT = {"name": "r", "modality": "ct", "window": [-125, 275]}
+
+
+def test_synapse_is_what_was_published():
+    recipe = Recipe.load("synapse")
+    assert recipe.window == (-125, 275) and recipe.orientation is None and recipe.slice_axis == 2
+    assert recipe.classes == (
+        "spleen", "right_kidney", "left_kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas",
+    )  # fmt: skip
+    assert recipe.num_classes == 8
+    assert recipe.map_labels(np.arange(14)).tolist() == [0, 1, 2, 3, 4, 0, 5, 6, 7, 0, 0, 8, 0, 0]
+    numbers = [1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38]
+    assert recipe.test_cases == tuple(f"case{n:04d}" for n in numbers)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in shipped("datasets").glob("*.yaml")))
+def test_shipped_recipes_load_and_survive_json_and_yaml(name):
+    recipe = Recipe.load(name)
+    assert recipe.name == name
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(recipe.to_dict(), sort_keys=False))) == recipe
+
+
+def test_a_class_may_have_several_values():
+    recipe = Recipe.from_dict(CT | {"classes": {"tumour": [2, 3], "liver": 1, "cyst": -4}})
+    labels = np.array([[-4, 0, 1], [2, 3, 9]], np.int32)
+    mapped = recipe.map_labels(labels)
+    assert mapped.tolist() == [[3, 0, 2], [1, 1, 0]] and mapped.dtype == np.uint8
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe.map_labels(np.array([[5.0, 7.0]])).tolist() == [[0, 0]]
+
+
+def test_the_window_becomes_0_to_1():
+    hu = np.array([-1000, -125, 75, 275, 3000], np.int16)
+    assert Recipe.from_dict(CT).normalise(hu).tolist() == [0, 0, 0.5, 1, 1]
+    noise = np.random.default_rng(0).integers(-300, 500, (3, 40, 50)).astype(np.int16)
+    published = (np.clip(noise.astype(np.float32), -125, 275) + 125) / 400
+    normalised = Recipe.from_dict(CT).normalise(noise)
+    assert normalised.dtype == np.float32 and np.array_equal(normalised, published)
+
+
+def test_percentiles_are_those_of_the_voxels_that_are_not_zero():
+    recipe = Recipe("r", "mr", percentiles=(0, 50))
+    array = np.array([0, 0, 0, 0, 0, 100, 200, 300], np.uint16)
+    assert recipe.normalise(array).tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert not recipe.normalise(np.zeros(4)).any() and not recipe.normalise(np.full(4, 7.0)).any()
+
+
+def test_images_have_the_range_of_their_type():
+    recipe = Recipe("r", "image")
+    for array in (np.array([0, 51], np.uint8), np.array([0, 13107], np.uint16), np.array([0, 0.2])):
+        assert recipe.normalise(array) == pytest.approx(np.array([0, 0.2]))
+    with pytest.raises(InputError, match="-3..200 .* set window or percentiles"):
+        recipe.normalise(np.array([-3.0, 200.0]))
+
+
+def test_slices_are_cut_as_samed_does():
+    volume = Volume(np.arange(24).reshape(2, 3, 4), np.diag([1.0, 1, 1, 1]))  # RAS
+    recipe = Recipe.from_dict(CT)
+    assert np.array_equal(recipe.to_slices(volume), volume.array.transpose(2, 1, 0))
+    turned = dataclasses.replace(recipe, orientation="LPS").to_slices(volume)
+    assert np.array_equal(turned, volume.array[::-1, ::-1].transpose(2, 1, 0))
+    assert dataclasses.replace(recipe, slice_axis=0).to_slices(volume).shape == (2, 4, 3)
+    assert dataclasses.replace(recipe, slice_axis=1).to_slices(volume).shape == (3, 4, 2)
+
+
+def test_recipes_tell_what_a_model_would_see_differently():
+    recipe = Recipe.from_dict(CT | {"classes": {"liver": 1}})
+    elsewhere = Recipe.from_dict(CT | {"name": "b", "classes": {"liver": 6}, "test_cases": ["a"]})
+    assert recipe.differences(elsewhere) == [] and recipe != elsewhere
+    other = dataclasses.replace(recipe, window=(-160, 240), size=224)
+    assert recipe.differences(other) == [
+        "window (-125.0, 275.0) here, (-160.0, 240.0) there", "size None here, 224 there",
+    ]  # fmt: skip
+
+
+WRONG = {
+    "windows: [0, 1]": ("unknown key windows",),
+    "window: [275, -125]": ("window", "low < high"),
+    "window: 400": ("window", "400"),
+    "window: null": ("ct", "window or percentiles"),
+    "percentiles: [0.5, 99.5]": ("both set",),
+    "modality: xray": ("xray", "ct, mr, image"),
+    "modality: null": ("missing key modality",),
+    "orientation: LLS": ("LLS", "L/R"),
+    "orientation: 3": ("'3'", "L/R"),
+    "slice_axis: 3": ("slice_axis 3", "0, 1, 2"),
+    "size: 2.5": ("size 2.5",),
+    "keep: some": ("some", "foreground"),
+    "classes: [liver, spleen]": ("['liver', 'spleen']", "name: value"),
+    "classes: {liver: one}": ("liver", "'one'"),
+    "classes: {liver: 0}": ("liver", "0"),
+    "classes: {liver: []}": ("liver",),
+    "classes: {background: 0}": ("background is class 0",),
+    "classes: {liver: 1, spleen: [2, 1]}": ("liver and spleen", "value 1"),
+    "classes: {liver: 1, liver: 2}": ("'liver' is given twice",),
+    "classes: {1: 1}": ("quote",),
+    "test_cases: case0001": ("list",),
+    "test_cases: [1, 2]": ("quote",),
+    "[a": ("not readable as YAML",),
+    "- a": ("not readable as YAML",),
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_recipes_are_named_in_one_line(line, tmp_path):
+    given = {key: str(value) for key, value in CT.items()}
+    given.pop(line.split(":")[0], None)
+    path = tmp_path / "mine.yaml"
+    path.write_text("\n".join([*(f"{key}: {value}" for key, value in given.items()), line]))
+    with pytest.raises(InputError) as error:
+        Recipe.load(path)
+    message = str(error.value)
+    assert message.startswith(str(path)) and "\n" not in message
+    assert all(part in message for part in WRONG[line]), message
+
+
+def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path):
+    for name in ("sinapse", tmp_path / "none.yaml"):
+        with pytest.raises(MissingFileError, match="generic_ct, .*synapse"):
+            Recipe.load(name)
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(InputError, match="a mapping"):
+        Recipe.load(tmp_path / "empty.yaml")
+
+
+def test_importing_recipes_loads_no_heavy_library():
+    heavy = "{'torch', 'nibabel', 'SimpleITK', 'h5py', 'scipy', 'tqdm', 'monai'}"
+    code = f"import sys, samlora.data.recipe, samlora.data.prepare; print({heavy} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

@@ -1,0 +1,276 @@
+"""Volumes keep their place in space, whatever is done to them; broken files give one line that names them."""
+
+import gzip
+import itertools
+
+import h5py
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+
+from samlora.data.grid import Case, Volume, case_to_volume, match_grid, reorient
+from samlora.data.recipe import Recipe
+from samlora.data.volume import read_case, read_slice, read_volume, write_case, write_slice, write_volume
+from samlora.errors import InputError, MissingFileError
+
+ORIENTATIONS = ["".join(o) for p in itertools.permutations(["LR", "PA", "IS"]) for o in itertools.product(*p)]
+
+
+def oblique(shape=(5, 6, 7), dtype=np.int16) -> Volume:
+    """Voxels that all differ, on a grid rotated about all three axes."""
+    a, b, c = 0.3, -0.2, 0.4
+    rx = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
+    ry = np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
+    rz = np.array([[np.cos(c), -np.sin(c), 0], [np.sin(c), np.cos(c), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = rx @ ry @ rz * [0.7, 0.8, 2.5]
+    affine[:3, 3] = -31.5, 12.25, 400
+    # As a file would hold it, so that comparisons can be exact.
+    affine = affine.astype(np.float32).astype(np.float64)
+    return Volume(np.arange(np.prod(shape)).reshape(shape).astype(dtype), affine, 1, 1, path="oblique")
+
+
+def places(volume: Volume) -> dict:
+    """value -> where it lies (mm)."""
+    index = np.argwhere(np.ones(volume.array.shape, bool))
+    mm = index @ volume.affine[:3, :3].T + volume.affine[:3, 3]
+    return dict(zip(volume.array[tuple(index.T)].tolist(), mm))
+
+
+@pytest.mark.parametrize("axes", ORIENTATIONS)
+def test_turning_moves_no_voxel_and_is_undone_exactly(axes):
+    volume = oblique()
+    turned = reorient(volume, axes)
+    assert turned.axes == axes
+    where, there = places(volume), places(turned)
+    assert all(np.allclose(where[value], there[value], atol=1e-9) for value in where)
+    back = reorient(turned, volume.axes)
+    assert np.array_equal(back.array, volume.array) and np.allclose(back.affine, volume.affine, atol=1e-12)
+    matched = match_grid(turned, to=volume)
+    assert np.array_equal(matched.array, volume.array) and matched.affine is volume.affine
+
+
+@pytest.mark.parametrize("slice_axis", [0, 1, 2])
+@pytest.mark.parametrize("stored", ORIENTATIONS)
+def test_slices_find_the_way_back_to_their_source(stored, slice_axis):
+    source = reorient(oblique(dtype=np.uint8), stored)
+    for orientation in (None, "LPS", "PIR"):
+        recipe = Recipe("r", "image", orientation=orientation, slice_axis=slice_axis)
+        slices = recipe.to_slices(source)
+        geometry = source.geometry(orientation, slice_axis)
+        back = case_to_volume(Case(slices, None, geometry), slices)
+        assert np.array_equal(back.array, source.array) and back.affine is source.affine
+        spacing = Case(slices, None, geometry).spacing
+        assert np.prod(spacing) == pytest.approx(0.7 * 0.8 * 2.5, rel=1e-6)
+
+
+def test_the_slice_axis_has_the_right_spacing():
+    volume = reorient(oblique(), "RAS")
+    case = Case(np.zeros((7, 6, 5), np.float32), geometry=volume.geometry(None, 2))
+    assert case.spacing == pytest.approx((2.5, 0.8, 0.7), rel=1e-6)
+
+
+@pytest.mark.parametrize("codes", [(0, 2), (1, 0), (1, 1), (2, 4), (0, 0)])
+def test_nifti_keeps_affine_codes_and_type(codes, tmp_path):
+    volume = oblique(dtype=np.uint8)
+    volume.qform_code, volume.sform_code = codes
+    if codes == (0, 0):  # then the affine is what readers make up from the voxel sizes
+        volume.affine = nibabel.Nifti1Image(volume.array, None).header.get_best_affine()
+    path = tmp_path / "label.nii.gz"
+    write_volume(volume, path)
+    header = nibabel.load(path).header
+    assert (int(header["qform_code"]), int(header["sform_code"])) == codes
+    assert header.get_data_dtype() == np.uint8 and header.get_xyzt_units()[0] == "mm"
+    read = read_volume(path)
+    assert np.array_equal(read.array, volume.array) and read.array.dtype == np.uint8
+    np.testing.assert_allclose(read.affine, volume.affine, atol=0 if codes[1] else 1e-4)
+    assert (read.qform_code, read.sform_code) == codes
+
+
+def test_a_second_affine_is_kept(tmp_path):
+    image = nibabel.Nifti1Image(np.zeros((3, 4, 5), np.int16), np.diag([2, 2, 2, 1]))
+    image.header.set_qform(np.diag([-2, -2, 2, 1]), 1)
+    image.header.set_sform(np.diag([2, 2, 2, 1]), 4)
+    nibabel.save(image, tmp_path / "a.nii")
+    write_volume(read_volume(tmp_path / "a.nii"), tmp_path / "b.nii")
+    header = nibabel.load(tmp_path / "b.nii").header
+    assert np.allclose(header.get_qform(), np.diag([-2, -2, 2, 1])) and int(header["sform_code"]) == 4
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_itk_formats_place_voxels_where_nifti_does(ending, tmp_path):
+    volume = oblique()
+    write_volume(volume, tmp_path / f"a{ending}")
+    read = read_volume(tmp_path / f"a{ending}")
+    assert np.array_equal(read.array, volume.array) and np.allclose(read.affine, volume.affine, atol=1e-5)
+    # ITK's own NIfTI writer as the second opinion on where that is.
+    SimpleITK.WriteImage(SimpleITK.ReadImage(str(tmp_path / f"a{ending}")), str(tmp_path / "b.nii.gz"))
+    assert np.allclose(nibabel.load(tmp_path / "b.nii.gz").affine, volume.affine, atol=1e-4)
+
+
+def test_another_grid_is_refused_and_both_are_printed():
+    volume = oblique()
+    half = np.eye(4) + 0.5 * np.eye(4, k=3)
+    shifted = Volume(volume.array, volume.affine @ half, path="shifted.nii")
+    other = Volume(volume.array[:-1], volume.affine, path="shorter.nii")
+    nearly = Volume(volume.array, volume.affine + 0.001 * np.eye(4, k=3), path="rounded.nii")
+    for label in (shifted, other):
+        with pytest.raises(InputError) as error:
+            match_grid(label, to=volume)
+        assert str(error.value).count("spacing") == 2 and label.path in str(error.value)
+        assert "oblique" in str(error.value) and "\n" not in str(error.value)
+    assert np.array_equal(match_grid(nearly, to=volume).array, volume.array)
+
+
+def test_labels_may_be_nearly_whole_and_trailing_axes_are_dropped(tmp_path):
+    array = np.array([0, 1.0000001, 2.0004, 300], np.float64).reshape(1, 2, 2, 1)
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "a.nii.gz")
+    labels = read_volume(tmp_path / "a.nii.gz", labels=True).array
+    assert labels.dtype == np.uint16 and labels.tolist() == [[[0, 1], [2, 300]]]
+
+
+def test_slices_and_cases_come_back_as_written(tmp_path):
+    image, label = np.random.default_rng(0).random((4, 5, 6), np.float32), np.arange(120, dtype=np.uint8)
+    label = label.reshape(4, 5, 6)
+    write_slice(tmp_path / "a.npz", image[0], label[0])
+    read = read_slice(tmp_path / "a.npz")
+    assert np.array_equal(read[0], image[0]) and np.array_equal(read[1], label[0])
+    geometry = oblique((6, 5, 4)).geometry("LPS", 1)
+    write_case(Case(image, label, geometry, {"name": "r"}), tmp_path / "case0001.npy.h5")
+    case = read_case(tmp_path / "case0001.npy.h5")
+    assert np.array_equal(case.image, image) and np.array_equal(case.label, label)
+    assert case.name == "case0001" and case.recipe == {"name": "r"}
+    assert np.array_equal(case.affine, geometry.affine) and case.geometry.to_dict() == geometry.to_dict()
+
+
+def test_published_files_know_no_geometry(tmp_path):
+    with h5py.File(tmp_path / "case0008.npy.h5", "w") as file:
+        file["image"], file["label"] = np.zeros((4, 5, 6), np.float64), np.ones((4, 5, 6), np.float32)
+    case = read_case(tmp_path / "case0008.npy.h5")
+    assert case.affine is None and case.spacing is None and case.recipe is None
+    assert case.image.dtype == np.float32 and case.label.dtype == np.uint8
+    volume = case_to_volume(case, case.label)
+    assert volume.array.shape == (6, 5, 4) and np.array_equal(volume.affine, np.eye(4))
+    write_volume(volume, tmp_path / "a.nii.gz")
+    assert np.array_equal(read_volume(tmp_path / "a.nii.gz").affine, np.eye(4))
+
+
+def _nifti(array, affine=None):
+    return lambda path: nibabel.save(nibabel.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+
+
+def _truncated(path):
+    whole = path.with_name("whole.nii.gz")
+    _nifti(np.random.default_rng(0).integers(0, 999, (20, 20, 20), np.int16))(whole)
+    path.write_bytes(whole.read_bytes()[:5000])
+
+
+def _singular(path):
+    image = nibabel.Nifti1Image(np.zeros((3, 3, 3), np.uint8), np.eye(4))
+    image.header["srow_y"] = image.header["srow_x"]
+    image._affine = None
+    nibabel.save(image, path)
+
+
+def _h5(**arrays):
+    def write(path):
+        with h5py.File(path, "w") as file:
+            for key, array in arrays.items():
+                file[key] = array
+
+    return write
+
+
+ZEROS = np.zeros((3, 3), np.float32)
+NAN = np.full((3, 3, 3), np.nan, np.float32)
+SLICE, CASE = (read_slice, "x_slice000.npz"), (read_case, "x.npy.h5")
+VOLUME, LABEL = (read_volume, "x.nii.gz"), (lambda path: read_volume(path, labels=True), "x.nii.gz")
+BROKEN = {
+    "truncated gzip": (*VOLUME, _truncated, "cannot be read"),
+    "text named nii.gz": (*VOLUME, lambda p: p.write_text("not an image\n"), "cannot be read"),
+    "gzipped text": (*VOLUME, lambda p: p.write_bytes(gzip.compress(b"no image" * 99)), "cannot be read"),
+    "empty file": (*VOLUME, lambda p: p.write_bytes(b""), "cannot be read"),
+    "no file": (*VOLUME, lambda p: None, "no such file"),
+    "2D": (*VOLUME, _nifti(ZEROS), "three axes"),
+    "4D": (*VOLUME, _nifti(np.zeros((3, 3, 3, 2), np.int16)), "three axes"),
+    "NaN": (*VOLUME, _nifti(NAN), "NaN"),
+    "complex": (*VOLUME, _nifti(np.zeros((3, 3, 3), np.complex64)), "complex64"),
+    "singular affine": (*VOLUME, _singular, "affine"),
+    "fractions": (*LABEL, _nifti(np.full((3, 3, 3), 0.5, np.float32)), "0.5"),
+    "huge labels": (*LABEL, _nifti(np.full((3, 3, 3), 70000, np.int32)), "70000"),
+    "unknown ending": (read_volume, "x.docx", lambda p: p.write_text(""), ".nii.gz"),
+    "text named nrrd": (read_volume, "x.nrrd", lambda p: p.write_text("no"), "cannot be read"),
+    "folder without DICOM": (read_volume, "x", lambda p: p.mkdir(), "DICOM"),
+    "bad zip": (*SLICE, lambda p: p.write_bytes(b"PK\3\4 broken"), "cannot be read"),
+    "empty npz": (*SLICE, lambda p: p.write_bytes(b""), "cannot be read"),
+    "no slice": (*SLICE, lambda p: None, "no such file"),
+    "single array": (*SLICE, lambda p: np.save(p.open("wb"), ZEROS), "single array"),
+    "no label": (*SLICE, lambda p: np.savez(p, image=ZEROS), "'label'"),
+    "other keys": (*SLICE, lambda p: np.savez(p, imgs=ZEROS, gts=ZEROS), "imgs gts"),
+    "object array": (*SLICE, lambda p: np.savez(p, image=ZEROS, label=np.array([{}, None])), "cannot be read"),
+    "text array": (*SLICE, lambda p: np.savez(p, image=ZEROS, label=np.array(["a"])), "numbers"),
+    "3D slice": (*SLICE, lambda p: np.savez(p, image=NAN, label=NAN), "2 axes"),
+    "no pixels": (*SLICE, lambda p: np.savez(p, image=ZEROS[:0], label=ZEROS[:0]), "none empty"),
+    "NaN slice": (*SLICE, lambda p: np.savez(p, image=ZEROS * np.nan, label=ZEROS), "NaN"),
+    "sizes differ": (*SLICE, lambda p: np.savez(p, image=ZEROS, label=ZEROS[:2]), "(2, 3)"),
+    "soft label": (*SLICE, lambda p: np.savez(p, image=ZEROS, label=ZEROS + 0.25), "0.25"),
+    "bad h5": (*CASE, lambda p: p.write_bytes(b"no h5"), "cannot be read"),
+    "h5 without image": (*CASE, _h5(label=ZEROS), "'image'"),
+    "2D case": (*CASE, _h5(image=ZEROS, label=ZEROS), "3 axes"),
+    "case sizes differ": (*CASE, _h5(image=ZEROS[None], label=ZEROS[None, :2]), "(1, 2, 3)"),
+    "h5 text": (*CASE, _h5(image="text", label=ZEROS[None]), "numbers"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_files_are_named_in_one_line(kind, tmp_path):
+    read, name, write, said = BROKEN[kind]
+    path = tmp_path / name
+    write(path)
+    with pytest.raises(InputError) as error:
+        read(path)
+    message = str(error.value)
+    assert str(path) in message and said in message and "\n" not in message, message
+    assert isinstance(error.value, MissingFileError) == ("no such" in message)
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, volume in (
+        (tmp_path / "a.docx", oblique()),
+        (tmp_path / "file" / "a.nii.gz", oblique()),
+        (tmp_path / "a.nrrd", Volume(np.zeros((2, 2, 2), np.uint8), np.eye(4) + np.eye(4, k=1) * 0.5)),
+    ):
+        with pytest.raises(InputError, match=path.name):
+            write_volume(volume, path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.real
+def test_a_dicom_series_lies_under_its_nifti_labels(real_data):
+    image = read_volume(real_data / "dicom_ct" / "example_ct_dicom")
+    label = read_volume(real_data / "dicom_ct" / "example_seg_dicom.nii.gz", labels=True)
+    assert (image.axes, label.axes, image.spacing) == ("LPS", "LAS", (0.9765625, 0.9765625, 2.0))
+    matched = match_grid(label, to=image)
+    assert abs(image.array[matched.array == 5].mean() - 89.3) < 0.5
+
+
+@pytest.mark.real
+def test_nrrd_and_big_endian_volumes(real_data):
+    image = read_volume(real_data / "mr" / "brain_tumour" / "brain1_image.nrrd")
+    label = read_volume(real_data / "mr" / "brain_tumour" / "brain1_label.nrrd", labels=True)
+    assert image.array.shape == (256, 256, 25) and label.array.sum() == 4137
+    assert np.flatnonzero(match_grid(label, to=image).array.any((0, 1))).tolist() == list(range(11, 18))
+    small = read_volume(real_data / "mr" / "tiny_big_endian" / "anatomical.nii")
+    assert small.array.dtype.isnative and small.array.max() == 30393
+
+
+@pytest.mark.real
+def test_a_dicom_series_with_a_slice_missing_is_refused(real_data, tmp_path):
+    files = sorted((real_data / "dicom_ct" / "example_ct_dicom").iterdir())
+    for file in files[:8] + files[9:]:
+        (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(InputError, match="4 mm between .* a slice is missing"):
+        read_volume(tmp_path)

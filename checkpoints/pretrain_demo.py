@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import samlora
 from samlora.model.checkpoint import resize_positions, write_tensors
 from samlora.model.sam import PATCH, VARIANTS, WINDOW, Sam, build_sam
 
@@ -364,8 +363,12 @@ def save(state: dict[str, Tensor], size: int, output: Path, notes: dict[str, str
     state = {name: value.detach().cpu() for name, value in state.items()}
     state = resize_windows(resize_positions(state, "vit_ti", size), 2 * WINDOW - 1)
     halves = {name: value.half().contiguous() if value.is_floating_point() else value for name, value in state.items()}
+    try:
+        release = version("samlora")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        release = "source tree"
     write_tensors(output, halves, notes | {
-        "variant": "vit_ti", "image_size": str(size), "samlora_version": samlora.__version__,
+        "variant": "vit_ti", "image_size": str(size), "samlora_version": release,
         "recipe": "checkpoints/pretrain_demo.py: procedural scenes, prompted masks and naming"})
 
 

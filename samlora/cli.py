@@ -105,9 +105,9 @@ def _prepare_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", required=True, metavar="NAME|FILE.yaml", help="recipe: a shipped one (synapse, generic_ct) or your own YAML")
     parser.add_argument("--size", type=int, help="side of the training slices, by cubic spline (default: the recipe's, else as they are)")
     parser.add_argument("--test_cases", nargs="+", metavar="CASE", help="cases for testing, instead of the recipe's")
-    parser.add_argument("--test_fraction", type=float, help="share of the cases for testing, if neither flag nor recipe names any")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
-    parser.add_argument("--overwrite", action="store_true", help="prepare again what is there already")
+    parser.add_argument("--test_fraction", type=float, help="share of the cases for testing, instead of the recipe's")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core, 8 at most)")
+    parser.add_argument("--overwrite", action="store_true", help="prepare again what is there already, and remove cases that SRC has not")
 
 
 def _prepare(given: dict) -> None:
@@ -115,7 +115,7 @@ def _prepare(given: dict) -> None:
     from samlora.data.recipe import Recipe
 
     recipe = Recipe.load(given.pop("dataset"))
-    prepare(given.pop("source"), given.pop("output"), recipe, **given)
+    print(prepare(given.pop("source"), given.pop("output"), recipe, **given))
 
 
 def _download_flags(parser: argparse.ArgumentParser) -> None:

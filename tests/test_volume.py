@@ -156,8 +156,8 @@ def test_published_files_know_no_geometry(tmp_path):
     assert np.array_equal(read_volume(tmp_path / "a.nii.gz").affine, np.eye(4))
 
 
-def _nifti(array, affine=None):
-    return lambda path: nibabel.save(nibabel.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+def _nifti(array):
+    return lambda path: nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
 
 
 def _truncated(path):
@@ -208,7 +208,7 @@ BROKEN = {
     "single array": (*SLICE, lambda p: np.save(p.open("wb"), ZEROS), "single array"),
     "no label": (*SLICE, lambda p: np.savez(p, image=ZEROS), "'label'"),
     "other keys": (*SLICE, lambda p: np.savez(p, imgs=ZEROS, gts=ZEROS), "imgs gts"),
-    "object array": (*SLICE, lambda p: np.savez(p, image=ZEROS, label=np.array([{}, None])), "cannot be read"),
+    "objects": (*SLICE, lambda p: np.savez(p, image=ZEROS, label=np.array([{}, None])), "cannot be read"),
     "text array": (*SLICE, lambda p: np.savez(p, image=ZEROS, label=np.array(["a"])), "numbers"),
     "3D slice": (*SLICE, lambda p: np.savez(p, image=NAN, label=NAN), "2 axes"),
     "no pixels": (*SLICE, lambda p: np.savez(p, image=ZEROS[:0], label=ZEROS[:0]), "none empty"),

@@ -150,20 +150,19 @@ def match_grid(label: Volume, to: Volume) -> Volume:
     )
 
 
-def case_to_volume(case: Case, labels: np.ndarray) -> Volume:
-    """`labels` (D, H, W) integer on the grid of the file that `case` was made from: shape, affine, codes.
+def case_to_volume(case: Case, stack: np.ndarray) -> Volume:
+    """A stack (D, H, W), labels or image, on the grid of the file that `case` was made from: shape, affine, codes.
 
     Where that is not known (published files) the array is (x, y, z) with an identity affine. Raises
-    InputError if `labels` has another shape than the case or fractional values.
+    InputError if `stack` has another shape than the case.
     """
-    if labels.shape != case.image.shape:
-        raise InputError(f"{case.name}: labels of shape {labels.shape} for an image of {case.image.shape}")
-    labels = integers(labels, case.name)
+    if stack.shape != case.image.shape:
+        raise InputError(f"{case.name}: a stack of shape {stack.shape} for an image of {case.image.shape}")
     if case.geometry is None:
-        return Volume(labels.transpose(2, 1, 0), np.eye(4), path=case.name)
+        return Volume(stack.transpose(2, 1, 0), np.eye(4), path=case.name)
     g = case.geometry
     order, flips = _arrangement(g.affine, g.orientation)
-    array = labels.transpose(np.argsort(slice_order(g.slice_axis)))
+    array = stack.transpose(np.argsort(slice_order(g.slice_axis)))
     array = np.flip(array, np.flatnonzero(flips)).transpose(np.argsort(order))
     if array.shape != tuple(g.shape):
         raise InputError(f"{case.name}: slices of shape {case.image.shape} do not fit their source {g.shape}")

@@ -72,12 +72,12 @@ def find_pairs(source: str | os.PathLike) -> Layout:
 
 
 def _matched(images: Path, labels: Path, test: bool) -> tuple[list[Pair], list[str]]:
-    label_files = _entries(labels)
+    image_files, label_files = _entries(images), _entries(labels)
     # A label is found by its own name, and by that name without its ending where no other label has it.
     by_name = {m[1]: path for key, path in label_files.items() if (m := _LABEL.fullmatch(key))} | label_files
     taken: dict[Path, Path] = {}
     pairs = []
-    for key, image in _entries(images).items():
+    for key, image in image_files.items():
         channel = _CHANNEL.fullmatch(key)
         name = next((n for n in (key, channel and channel[1]) if n in by_name), None)
         if name is None:

@@ -135,8 +135,13 @@ def _read_dicom(path: Path) -> Volume:
         raise InputError(f"{path}: {len(series)} DICOM series ({', '.join(series)}); keep one in a folder")
     reader.SetFileNames(names)
     reader.MetaDataDictionaryArrayUpdateOn()
+    warns = SimpleITK.ProcessObject.GetGlobalWarningDisplay()
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # uneven slices are an error below, in one line
     with _reading(path, "DICOM series"):
-        image = reader.Execute()
+        try:
+            image = reader.Execute()
+        finally:
+            SimpleITK.ProcessObject.SetGlobalWarningDisplay(warns)
         places = [reader.GetMetaData(n, "0020|0032").split("\\") for n in range(len(names))]
         along = np.diff(np.array(places, np.float64) @ np.array(image.GetDirection()).reshape(3, 3)[:, 2])
     # ITK would spread the slices evenly without a word, and every organ above a gap would be misplaced.
@@ -273,7 +278,7 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # zlib, zipfile, nibabel, ITK and h5py each have their own kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).split("ERROR: ")[-1] or type(error).__name__
         raise InputError(f"{path}: cannot be read as {kind} ({reason[-200:]})") from None
 
 

@@ -10,11 +10,13 @@ extra tokens are thrown away afterwards).
 """
 
 import argparse
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -372,68 +374,94 @@ def save(state: dict[str, Tensor], size: int, output: Path, notes: dict[str, str
         "recipe": "checkpoints/pretrain_demo.py: procedural scenes, prompted masks and naming"})
 
 
+def agree(parameters: list[nn.Parameter], value: float) -> float:
+    """Averages the gradients over the processes and returns the first process's `value`."""
+    if dist.get_world_size() == 1:
+        return value
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    mine = torch.tensor([value if dist.get_rank() == 0 else 0.0])
+    flat = torch.cat([mine, *(gradient.flatten() for gradient in gradients)])
+    dist.all_reduce(flat)
+    parts = flat[1:].div(dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return float(flat[0])
+
+
+def train(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
+    """One of `--threads` processes: each has its own images, all step with the average gradient."""
+    workers = arguments.threads if arguments.device == "cpu" else 1
+    torch.set_num_threads(1 if workers > 1 else arguments.threads)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
+    torch.manual_seed(arguments.seed)
+    worlds, naming = Worlds(), Naming().to(arguments.device)
+    start, samples, step, state, spent = time.monotonic(), 0, 0, None, 0.0
+    for size, until, batch in ((128, arguments.first, arguments.batch), (256, 1.0, arguments.batch // 2)):
+        sam = build(size).to(arguments.device)
+        if state is not None:
+            sam.load_state_dict(resize_windows(resize_positions(state, "vit_ti", size), 2 * WINDOW - 1))
+        torch.manual_seed(arguments.seed + 1000 * rank + size)  # the models agree, the images differ from here on
+        live = sam.state_dict()
+        for value in live.values():
+            dist.broadcast(value, 0)
+        average = {name: value.clone() for name, value in live.items()}
+        parameters = [*sam.parameters(), *naming.parameters()]
+        optimizer = torch.optim.AdamW([
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True)
+        first_step, last_log, last_save, marked = step, time.monotonic(), time.monotonic(), 0
+        readings: dict[str, list[float]] = {}
+        while spent < until:
+            # Steps differ in cost from machine to machine, so decay follows the clock that ends the run.
+            rate = arguments.lr * min(1.0, (step - first_step + 1) / 300) * (0.02 + 0.98 * (1 - spent**2))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss, reading = step_losses(
+                sam, naming, scenes(worlds, batch // workers, size), step % 3, arguments.objects, arguments.device)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            spent = agree(parameters, (time.monotonic() - start) / (60 * arguments.minutes))
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            step, samples, marked = step + 1, samples + batch, marked + batch
+            keep = min(0.998, step / (step + 10))
+            with torch.no_grad():
+                for name, value in average.items():
+                    value.lerp_(live[name], 1 - keep)
+            for name, value in reading.items():
+                readings.setdefault(name, []).append(value)
+            now = time.monotonic()
+            if rank == 0 and now - last_log > 20:
+                text = "  ".join(f"{name} {sum(values) / len(values):.4f}" for name, values in readings.items())
+                print(f"{(now - start) / 60:6.2f} min  {size} px  step {step}  samples {samples}  "
+                      f"{marked / (now - last_log):.1f}/s  lr {rate:.2e}  {text}", flush=True)
+                last_log, marked, readings = now, 0, {}
+            if rank == 0 and now - last_save > 180:
+                last_save = now
+                save(average, 256, arguments.output, {"seed": str(arguments.seed), "samples": str(samples)})
+        state = average
+    if rank == 0:
+        save(state, 256, arguments.output, {"seed": str(arguments.seed), "samples": str(samples)})
+        print(f"done: {samples} samples in {(time.monotonic() - start) / 60:.1f} min -> {arguments.output}", flush=True)
+    dist.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="wall-clock budget of both stages")
     parser.add_argument("--first", type=float, default=0.7, help="share of the budget at 128 px; the rest is at 256")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path("checkpoints/sam_vit_ti_demo.safetensors"))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU as many processes of one thread each")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=32, help="images per step at 128 px; a quarter at 256 px")
+    parser.add_argument("--batch", type=int, default=24, help="images per step at 128 px, all threads; half at 256 px")
     parser.add_argument("--objects", type=int, default=3, help="prompted objects per image")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=8e-4)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(arguments.seed)
-    worlds, naming = Worlds(), Naming().to(arguments.device)
-    start, samples, step, state = time.monotonic(), 0, 0, None
-    limit = arguments.minutes * 60
-
-    for size, until, batch in ((128, arguments.first, arguments.batch), (256, 1.0, max(8, arguments.batch // 4))):
-        sam = build(size).to(arguments.device)
-        if state is not None:
-            sam.load_state_dict(resize_windows(resize_positions(state, "vit_ti", size), 2 * WINDOW - 1))
-        average = {name: value.detach().clone() for name, value in sam.state_dict().items()}
-        live = sam.state_dict()
-        decayed = [p for model in (sam, naming) for p in model.parameters() if p.ndim > 1]
-        plain = [p for model in (sam, naming) for p in model.parameters() if p.ndim <= 1]
-        optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.98))
-        first_step, stage_start, last_log, last_save, marked = step, time.monotonic(), time.monotonic(), time.monotonic(), 0
-        readings: dict[str, list[float]] = {}
-        while (spent := (time.monotonic() - start) / limit) < until:
-            # Decay follows the clock, since the clock ends the run; the second stage starts anew at a lower rate.
-            warm = min(1.0, (step - first_step + 1) / 200)
-            scale = (batch / 32) ** 0.5 if size == 256 else 1.0
-            rate = arguments.lr * scale * warm * (0.02 + 0.98 * (1 - spent ** 2))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss, reading = step_losses(
-                sam, naming, scenes(worlds, batch, size), step % 3, arguments.objects, arguments.device)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_([*sam.parameters(), *naming.parameters()], 1.0)
-            optimizer.step()
-            step, samples, marked = step + 1, samples + batch, marked + batch
-            keep = min(0.998, step / (step + 10))
-            with torch.no_grad():
-                for name, value in average.items():
-                    value.lerp_(live[name].float(), 1 - keep)
-            for name, value in reading.items():
-                readings.setdefault(name, []).append(value)
-            now = time.monotonic()
-            if now - last_log > 20:
-                text = "  ".join(f"{name} {sum(values) / len(values):.4f}" for name, values in readings.items())
-                print(f"{(now - start) / 60:6.2f} min  {size} px  step {step}  samples {samples}  "
-                      f"{marked / (now - last_log):.1f}/s  lr {rate:.2e}  {text}", flush=True)
-                last_log, marked, readings = now, 0, {}
-            if now - last_save > 180:
-                last_save = now
-                save(average, 256, arguments.output, {"seed": str(arguments.seed), "samples": str(samples)})
-        state = average
-    save(state, 256, arguments.output, {"seed": str(arguments.seed), "samples": str(samples)})
-    print(f"done: {samples} samples in {(time.monotonic() - start) / 60:.1f} min -> {arguments.output}", flush=True)
+    # Processes of one thread share a busy machine well; two threads wait for each other at every operation.
+    workers = arguments.threads if arguments.device == "cpu" else 1
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(train, (arguments, f"{folder}/meeting"), nprocs=workers)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from samlora.errors import InputError, MissingFileError
 from samlora.files import shipped, whole
 from samlora.model.lora import lora_names
-from samlora.model.sam import PATCH, VARIANTS, Sam, build_sam, state_shapes
+from samlora.model.sam import PATCH, VARIANTS, Sam, build_sam, state_shapes, usual_size
 
 FORMAT_VERSION = 1
 
@@ -148,8 +148,7 @@ def recognise_variant(state: dict[str, Tensor], path: str | os.PathLike) -> str:
 def load_base(path: str | os.PathLike, variant: str | None, image_size: int | None, num_masks: int | None) -> tuple[Sam, str]:
     """Builds a SAM and fills it from a base checkpoint; returns it with the file's SHA-256.
 
-    variant: None to take what the file holds. image_size: None for the variant's own; position tables are
-    resized to it. num_masks: mask tokens of a semantic decoder, whose CLASS_TENSORS then start fresh; None
+    variant: None to take what the file holds. image_size: None for `usual_size`; position tables are resized to it. num_masks: mask tokens of a semantic decoder, whose CLASS_TENSORS then start fresh; None
     keeps the file's decoder as it is. Parameters are float32.
     Raises MissingFileError or InputError: no file, wrong hash, another variant, a tensor missing,
     unexpected or of a wrong shape.
@@ -164,7 +163,7 @@ def load_base(path: str | os.PathLike, variant: str | None, image_size: int | No
     found = recognise_variant(state, path)
     if variant is not None and variant != found:
         raise InputError(f"{path}: holds a {found} base, but {variant} was asked for; give the file of {variant} or --vit_name {found}")
-    image_size = VARIANTS[found].image_size if image_size is None else image_size
+    image_size = image_size or usual_size(found)
     sam = build_sam(found, image_size, num_masks or len(state["mask_decoder.mask_tokens.weight"]))
     _check_base(state, found, fresh_heads=num_masks is not None, path=path)
     state = {name: tensor.float() for name, tensor in resize_positions(state, found, image_size).items()}

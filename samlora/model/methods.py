@@ -15,7 +15,7 @@ from samlora.errors import InputError
 from samlora.model import checkpoint
 from samlora.model.checkpoint import Spec
 from samlora.model.lora import inject_decoder, inject_encoder
-from samlora.model.sam import STOCK_MASKS, VARIANTS, Sam, build_sam
+from samlora.model.sam import STOCK_MASKS, VARIANTS, Sam, build_sam, usual_size
 
 
 @dataclass(frozen=True)
@@ -169,13 +169,8 @@ def _base(
     if base == "default":
         base = checkpoint.find_base(_known(variant or row.variant))
     if base is not None and not str(base).startswith("random:"):
-        path = Path(base)
-        found = variant
-        if image_size is None and path.is_file():
-            found = checkpoint.recognise_variant(checkpoint.read_tensors(path)[0], path)
-        size = image_size or _usual_size(found or row.variant)
-        sam, digest = checkpoint.load_base(path, variant, size, num_masks)
-        return sam, path.name, digest
+        sam, digest = checkpoint.load_base(base, variant, image_size, num_masks)
+        return sam, Path(base).name, digest
     variant = _known(variant or row.variant)
     if base is None:
         # The seed is drawn from torch's generator and kept in the adapter, so that it can be rebuilt.
@@ -185,7 +180,7 @@ def _base(
         seed = int(str(base).removeprefix("random:"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sam = build_sam(variant, image_size or _usual_size(variant), num_masks or STOCK_MASKS)
+        sam = build_sam(variant, image_size or usual_size(variant), num_masks or STOCK_MASKS)
     return sam, f"random:{seed}", None
 
 
@@ -193,11 +188,6 @@ def _known(variant: str) -> str:
     if variant not in VARIANTS:
         raise InputError(f"unknown SAM variant {variant!r}; known: {', '.join(VARIANTS)}")
     return variant
-
-
-def _usual_size(variant: str) -> int:
-    """SAMed trains at 512; the small variant at its own size."""
-    return min(512, VARIANTS[_known(variant)].image_size)
 
 
 def _version() -> str:

@@ -271,6 +271,11 @@ class Sam(nn.Module):
         return masks if prompts is None else masks[:, :1]
 
 
+def usual_size(variant: str) -> int:
+    """The image side adapters are trained at: 512 as SAMed's, or the variant's own where that is smaller."""
+    return min(512, VARIANTS[variant].image_size)
+
+
 def build_sam(variant: str, image_size: int | None = None, num_masks: int = STOCK_MASKS) -> Sam:
     """Builds a SAM with random weights.
 

@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> Path:
     data = load_data(config)
     model = load_system(config, data)
     spec: Spec = model.spec
-    run = open_run(config, spec, writes=fabric.is_global_zero)
+    run = open_run(config, spec, fabric)
     optimizer = make_optimizer(config, model, fabric.device)
     wrapped, optimizer = fabric.setup(torch.compile(model) if config.compile else model, optimizer)
     plan = Plan.of(config, fabric, len(data.train))

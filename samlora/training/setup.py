@@ -190,17 +190,28 @@ def _as_list(samples: list[Sample]) -> list[Sample]:
     return samples  # samples differ in size and are resized on the device
 
 
-def open_run(config: TrainConfig, spec: Spec, writes: bool) -> Run:
-    """The run folder, new or resumed. Raises InputError rather than overwrite another run."""
+def open_run(config: TrainConfig, spec: Spec, fabric) -> Run:
+    """The run folder, new or resumed. Raises InputError, in every process, rather than overwrite another run."""
     folder = config.run_folder(spec.system, spec.variant, spec.image_size)
-    if (folder / "config.yaml").exists():
-        if not config.resume:
-            raise InputError(f"{folder} holds a run already; continue it with --resume, or choose another --output")
-        former = make(TrainConfig, read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
-        for name, value in asdict(_comparable(config)).items():
-            if asdict(_comparable(former))[name] != value:
-                raise InputError(f"--{name} {value}: the run in {folder} began with {asdict(former)[name]}; resume it with its own options")
-    return Run(folder, config, writes)
+    # The first process looks and tells the others: once it has begun to write, they would find a run.
+    problem = fabric.broadcast(_run_problem(config, folder) if fabric.is_global_zero else None)
+    if problem:
+        raise InputError(problem)
+    return Run(folder, config, writes=fabric.is_global_zero)
+
+
+def _run_problem(config: TrainConfig, folder: Path) -> str | None:
+    """Why a run cannot be begun or continued in `folder`, or None."""
+    if not (folder / "config.yaml").exists():
+        return None
+    if not config.resume:
+        return f"{folder} holds a run already; continue it with --resume, or choose another --output"
+    former = make(TrainConfig, read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
+    ours, theirs = asdict(_comparable(config)), asdict(_comparable(former))
+    changed = next((name for name in ours if ours[name] != theirs[name]), None)
+    if changed is None:
+        return None
+    return f"--{changed} {ours[changed]}: the run in {folder} began with {theirs[changed]}; resume it with its own options"
 
 
 def _comparable(config: TrainConfig) -> TrainConfig:

@@ -45,9 +45,21 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
     from samlora.options import add_flags
     from samlora.training.config import TrainConfig
 
-    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML with any of these options, or the name of a shipped one; flags win over it")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="YAML with any of these options, or the name of a shipped one; flags win over it",
+    )
     add_flags(parser, TrainConfig)
-    parser.add_argument("--AdamW", dest="optimizer", action="store_const", const="adamw", default=argparse.SUPPRESS, help="the same as --optimizer adamw, which is the default")
+    parser.add_argument(
+        "--AdamW",
+        dest="optimizer",
+        action="store_const",
+        const="adamw",
+        default=argparse.SUPPRESS,
+        help="the same as --optimizer adamw, which is the default",
+    )
 
 
 def _train(given: dict) -> None:
@@ -67,9 +79,20 @@ def _test_flags(parser: argparse.ArgumentParser) -> None:
     from samlora.inference.config import TestConfig
     from samlora.options import add_flags
 
-    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="config.yaml of a training run, or YAML with any of these options; flags win over it")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="config.yaml of a training run, or YAML with any of these options; flags win over it",
+    )
     add_flags(parser, TestConfig)
-    parser.add_argument("--metric-policy", dest="metric_policy", choices=("strict", "samed"), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--metric-policy",
+        dest="metric_policy",
+        choices=("strict", "samed"),
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
 
 
 def _test(given: dict) -> None:
@@ -94,20 +117,49 @@ def _run_of(config: Path, values: dict) -> dict:
     adapters = [config.parent / f"adapter_{which}.safetensors" for which in ("best", "last")]
     found = next((str(adapter) for adapter in adapters if adapter.is_file()), None)
     if found is None:
-        raise InputError(f"--config {config}: that run has saved no adapter yet; let it train, or give --lora_ckpt")
+        raise InputError(
+            f"--config {config}: that run has saved no adapter yet; let it train, or give --lora_ckpt"
+        )
     known = {"lora_ckpt": found, "dataset": values["dataset"]}
     return known if values["ckpt"] in (None, "random") else known | {"ckpt": values["ckpt"]}
 
 
 def _prepare_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="folder of volumes and labels: img/ + label/, two folders of pairs, or nnU-Net's imagesTr/ + labelsTr/")
-    parser.add_argument("-o", "--output", required=True, metavar="DST", help="folder for train_npz/, test_vol_h5/, lists/ and recipe.yaml")
-    parser.add_argument("--dataset", required=True, metavar="NAME|FILE.yaml", help="recipe: a shipped one (synapse, generic_ct) or your own YAML")
-    parser.add_argument("--size", type=int, help="side of the training slices, by cubic spline (default: the recipe's, else as they are)")
-    parser.add_argument("--test_cases", nargs="+", metavar="CASE", help="cases for testing, instead of the recipe's")
-    parser.add_argument("--test_fraction", type=float, help="share of the cases for testing, instead of the recipe's")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="folder of volumes and labels: img/ + label/, images/ + labels/, or imagesTr/ + labelsTr/",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="DST",
+        help="folder for train_npz/, test_vol_h5/, lists/ and recipe.yaml",
+    )
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        metavar="NAME|FILE.yaml",
+        help="recipe: a shipped one (synapse, generic_ct) or your own YAML",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        help="side of the training slices, by cubic spline (default: the recipe's, else as they are)",
+    )
+    parser.add_argument(
+        "--test_cases", nargs="+", metavar="CASE", help="cases for testing, instead of the recipe's"
+    )
+    parser.add_argument(
+        "--test_fraction", type=float, help="share of the cases for testing, instead of the recipe's"
+    )
     parser.add_argument("--workers", type=int, help="processes (default: one per core, 8 at most)")
-    parser.add_argument("--overwrite", action="store_true", help="prepare again what is there already, and remove cases that SRC has not")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="prepare again what is there already, and remove cases that SRC has not",
+    )
 
 
 def _prepare(given: dict) -> None:
@@ -120,7 +172,13 @@ def _prepare(given: dict) -> None:
 
 def _download_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("variant", choices=("vit_b", "vit_l", "vit_h"), help="375 MB, 1.2 GB or 2.6 GB")
-    parser.add_argument("-o", "--output", default="checkpoints", metavar="FOLDER", help="folder for the file (default: checkpoints)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="checkpoints",
+        metavar="FOLDER",
+        help="folder for the file (default: checkpoints)",
+    )
 
 
 def _download(given: dict) -> None:
@@ -130,8 +188,16 @@ def _download(given: dict) -> None:
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", default="demo_output", metavar="FOLDER", help="folder for everything the demo makes (default: demo_output)")
-    parser.add_argument("--seed", type=int, default=1234, help="seed of the phantoms and of training (default: 1234)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="demo_output",
+        metavar="FOLDER",
+        help="folder for everything the demo makes (default: demo_output)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="seed of the phantoms and of training (default: 1234)"
+    )
 
 
 def _demo(given: dict) -> None:

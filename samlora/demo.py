@@ -37,13 +37,21 @@ def demo(output: Path, seed: int) -> Path:
     result = output / "result"
     adapter = run / "adapter_best.safetensors"
     _step(4, f"python test.py --volume_path {data} --lora_ckpt {adapter} --output_dir {result} --is_savenii")
-    options = {"volume_path": str(data), "lora_ckpt": str(adapter), "output_dir": str(result), "is_savenii": True}
+    options = {
+        "volume_path": str(data),
+        "lora_ckpt": str(adapter),
+        "output_dir": str(result),
+        "is_savenii": True,
+    }
     test(replace(make(TestConfig, options), dataset="demo", precision=values["precision"]))
 
     print(f"\ndone in {time.monotonic() - began:.0f} s. Look at:")
     for path, what in (
-        (result / "preview.png", "the organs found (filled) and their true outlines, slice by slice"),
-        (result / "predictions", "the same as NIfTI, on the grid of the patients: open with ITK-SNAP or 3D Slicer"),
+        (result / "overlays", "the organs found (filled) and their true outlines, slice by slice"),
+        (
+            result / "predictions",
+            "the same as NIfTI, on the grid of the patients: open with ITK-SNAP or 3D Slicer",
+        ),
         (result / "metrics.csv", "every measure per case and organ; summary.json has the means"),
         (run / "curves.png", "loss, learning rate and validation Dice"),
         (adapter, f"all that was trained, {adapter.stat().st_size / 1e6:.1f} MB"),

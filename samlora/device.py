@@ -16,7 +16,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(next(kind for kind, available in there.items() if available))
     if not there[name]:
-        raise InputError(f"--device {name}: there is none here; available: {', '.join(k for k, v in there.items() if v)}")
+        raise InputError(
+            f"--device {name}: there is none here; available: {', '.join(k for k, v in there.items() if v)}"
+        )
     return torch.device(name)
 
 
@@ -48,7 +50,14 @@ def device_name(device: torch.device) -> str:
         model = "CPU"
         info = Path("/proc/cpuinfo")
         if info.exists():
-            model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model)
+            model = next(
+                (
+                    line.split(":")[1].strip()
+                    for line in info.read_text().splitlines()
+                    if "model name" in line
+                ),
+                model,
+            )
         return f"{model}, {torch.get_num_threads()} threads"
     return device.type
 

@@ -27,7 +27,10 @@ def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
     for field in dataclasses.fields(options):
         kind, is_list, _ = _kind(hints[field.name])
         shown = "" if field.default is None or field.default == () else f" (default: {field.default})"
-        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": (field.metadata["help"] + shown).replace("%", "%%")}
+        settings: dict[str, Any] = {
+            "default": argparse.SUPPRESS,
+            "help": (field.metadata["help"] + shown).replace("%", "%%"),
+        }
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
@@ -51,7 +54,10 @@ def make(options: type[Options], given: Mapping[str, Any], source: str = "") -> 
         where = f"{source}: {name}" if source else f"--{name}"
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
-            raise InputError(f"{where} is no option" + (f"; did you mean {close[0]}?" if close else f"; known: {', '.join(fields)}"))
+            raise InputError(
+                f"{where} is no option"
+                + (f"; did you mean {close[0]}?" if close else f"; known: {', '.join(fields)}")
+            )
         values[name] = _checked(value, hints[name], where)
         choices = fields[name].metadata["choices"]
         if choices and value is not None and value not in choices:
@@ -70,7 +76,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         known = sorted(p.stem for p in shipped("configs").glob("*.yaml"))
         if str(path) not in known:
-            raise MissingFileError(f"--config {path}: there is no such file; give a YAML file or one of: {', '.join(known)}")
+            raise MissingFileError(
+                f"--config {path}: there is no such file; give a YAML file or one of: {', '.join(known)}"
+            )
         path = shipped("configs") / f"{path}.yaml"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

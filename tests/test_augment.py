@@ -5,9 +5,24 @@ import pytest
 import torch
 from scipy import ndimage
 
-from samlora.data.augment import Transform, make_batch, nearest_index, resize_image, resize_label, sample_transform, zoom_matrix
+from samlora.data.augment import (
+    Transform,
+    make_batch,
+    nearest_index,
+    resize_image,
+    resize_label,
+    sample_transform,
+    zoom_matrix,
+)
 
-SIZES = [(224, 512), (512, 224), (101, 256), (64, 64), (33, 20), (256, 56)]  # 512 -> 224 ends in a row of zeros
+SIZES = [
+    (224, 512),
+    (512, 224),
+    (101, 256),
+    (64, 64),
+    (33, 20),
+    (256, 56),
+]  # 512 -> 224 ends in a row of zeros
 
 
 @pytest.mark.parametrize("source, target", SIZES)
@@ -20,7 +35,9 @@ def test_resizing_is_scipys_zoom(source, target):
     for i in range(2):
         expected = ndimage.zoom(image[i], factors, order=3)
         np.testing.assert_allclose(resize_image(image, (target, target))[i], expected, atol=1e-6)
-        assert np.array_equal(resize_label(label, (target, target))[i], ndimage.zoom(label[i], factors, order=0))
+        assert np.array_equal(
+            resize_label(label, (target, target))[i], ndimage.zoom(label[i], factors, order=0)
+        )
 
 
 def test_cached_tables_cannot_be_changed():
@@ -29,7 +46,11 @@ def test_cached_tables_cannot_be_changed():
             table[0] = 5
 
 
-TRANSFORMS = [Transform(), *(Transform(k, axis) for k in range(4) for axis in (0, 1)), *(Transform(angle=a) for a in (-20, -7, 3, 19))]
+TRANSFORMS = [
+    Transform(),
+    *(Transform(k, axis) for k in range(4) for axis in (0, 1)),
+    *(Transform(angle=a) for a in (-20, -7, 3, 19)),
+]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -38,7 +59,9 @@ def test_a_batch_is_what_samed_makes_sample_by_sample(transform, shape):
     side = 64
     rng = np.random.default_rng(1)
     image, label = rng.random(shape, dtype=np.float32), rng.integers(0, 9, shape).astype(np.uint8)
-    images, targets = make_batch([torch.from_numpy(image)], [torch.from_numpy(label)], [transform], side, "cpu")
+    images, targets = make_batch(
+        [torch.from_numpy(image)], [torch.from_numpy(label)], [transform], side, "cpu"
+    )
 
     if transform.angle:
         image, label = (ndimage.rotate(x, transform.angle, order=0, reshape=False) for x in (image, label))

@@ -48,7 +48,9 @@ def edited(source, target, change, metadata=None):
 
 @pytest.mark.parametrize("system", ["samed", "samed_s"])
 def test_save_load_predict_is_bit_identical(base, tmp_path, system):
-    model = trained(base, system, rank=3, class_names=["liver", "tumour"], recipe={"name": "x", "window": [0, 1]})
+    model = trained(
+        base, system, rank=3, class_names=["liver", "tumour"], recipe={"name": "x", "window": [0, 1]}
+    )
     samlora.save_adapter(model, tmp_path / "a.safetensors")
     again = samlora.load_model(tmp_path / "a.safetensors", base=base)
     assert again.spec == model.spec
@@ -62,7 +64,9 @@ def test_a_file_holds_what_was_trained_and_only_that(base, tmp_path):
     samlora.save_adapter(model, tmp_path / "a.safetensors")
     sizes = sum(t.numel() for t in load_file(tmp_path / "a.safetensors").values())
     assert sizes == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert not any("image_encoder" in n or "iou_prediction" in n for n in load_file(tmp_path / "a.safetensors"))
+    assert not any(
+        "image_encoder" in n or "iou_prediction" in n for n in load_file(tmp_path / "a.safetensors")
+    )
 
 
 def test_random_base_is_rebuilt_from_its_seed(tmp_path):
@@ -103,11 +107,21 @@ def test_samed_files_load_and_tell_rank_and_classes(base, tmp_path, system):
     state = model.state_dict()
     tensors = {short: state[name] for short, name in names.items()}
     for name in state:
-        if name.startswith(("prompt_encoder.", "mask_decoder.")) and not (system == "samed_s" and ".transformer." in name):
+        if name.startswith(("prompt_encoder.", "mask_decoder.")) and not (
+            system == "samed_s" and ".transformer." in name
+        ):
             tensors[name] = state[name]
-    torch.save(tensors if system == "samed_s" else {n: t for n, t in tensors.items() if "linear_" not in n}, tmp_path / "epoch_159.pth")
+    torch.save(
+        tensors if system == "samed_s" else {n: t for n, t in tensors.items() if "linear_" not in n},
+        tmp_path / "epoch_159.pth",
+    )
     again = samlora.load_model(tmp_path / "epoch_159.pth", base=base, image_size=64)
-    assert (again.spec.system, again.spec.rank, again.spec.num_classes, again.spec.variant) == (system, 2, 5, "vit_ti")
+    assert (again.spec.system, again.spec.rank, again.spec.num_classes, again.spec.variant) == (
+        system,
+        2,
+        5,
+        "vit_ti",
+    )
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
@@ -118,7 +132,10 @@ def test_plain_lora_file_goes_with_the_bases_own_decoder(base, tmp_path):
     lora.save_lora_parameters(tmp_path / "lora.safetensors")
     model = samlora.load_model(tmp_path / "lora.safetensors", base=base, image_size=64)
     assert (model.spec.system, model.spec.rank, model.num_masks) == ("sam_lora", 3, 4)
-    assert torch.equal(model.mask_decoder.mask_tokens.weight, torch.load(base, weights_only=True)["mask_decoder.mask_tokens.weight"])
+    assert torch.equal(
+        model.mask_decoder.mask_tokens.weight,
+        torch.load(base, weights_only=True)["mask_decoder.mask_tokens.weight"],
+    )
 
 
 class Evil:
@@ -134,7 +151,9 @@ def test_errors(base, tmp_path, capsys):
     other = tmp_path / "other.pth"
     torch.save({n: t + 1 for n, t in state.items()}, other)
     torch.save(Evil(), tmp_path / "evil.pth")
-    torch.save({k: v for k, v in state.items() if k != "image_encoder.neck.0.weight"}, tmp_path / "missing.pth")
+    torch.save(
+        {k: v for k, v in state.items() if k != "image_encoder.neck.0.weight"}, tmp_path / "missing.pth"
+    )
     torch.save(state | {"extra": torch.zeros(1)}, tmp_path / "extra.pth")
     torch.save(state | {"image_encoder.neck.0.weight": torch.zeros(1)}, tmp_path / "shape.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "nosam.pth")
@@ -166,7 +185,11 @@ def test_errors(base, tmp_path, capsys):
         (load("more.safetensors"), "more.safetensors", "unexpected w_a_999"),
         (load("misshapen.safetensors"), "misshapen.safetensors", "(5, 192)"),
         (load("good.safetensors", other), "good.safetensors", "SHA-256"),
-        (lambda: samlora.save_adapter(build_sam("vit_ti", 64), tmp_path / "x.safetensors"), "model.spec", "build_model"),
+        (
+            lambda: samlora.save_adapter(build_sam("vit_ti", 64), tmp_path / "x.safetensors"),
+            "model.spec",
+            "build_model",
+        ),
         (lambda: samlora.save_adapter(trained(base), tmp_path / "x.pth"), "x.pth", ".safetensors"),
     ]
     for call, *words in cases:

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from samlora.data.dataset import Batches, SliceDataset, check_labels, find_slices, find_volumes, fingerprint, split_cases
+from samlora.data.dataset import (
+    Batches,
+    SliceDataset,
+    check_labels,
+    find_slices,
+    find_volumes,
+    fingerprint,
+    split_cases,
+)
 from samlora.data.grid import Case
 from samlora.data.volume import write_case, write_slice
 from samlora.errors import InputError, MissingFileError
@@ -16,7 +24,9 @@ def folder(tmp_path):
         for n in range(3):
             label = np.zeros((8, 8), np.uint8)
             label[case : case + 2] = 2
-            write_slice(tmp_path / "train_npz" / f"case{case:04d}_slice{n:03d}.npz", rng.random((8, 8)), label)
+            write_slice(
+                tmp_path / "train_npz" / f"case{case:04d}_slice{n:03d}.npz", rng.random((8, 8)), label
+            )
     write_case(Case(rng.random((2, 8, 8))), tmp_path / "test_vol_h5" / "case0009.npy.h5")
     return tmp_path
 
@@ -29,7 +39,11 @@ def test_found_with_and_without_lists(folder):
     (folder / "lists" / "train.txt").write_text("case0002_slice001\n\n")
     (folder / "lists" / "test_vol.txt").write_text("case0009\n")
     assert [s.name for s in find_slices(folder, folder / "lists")] == ["case0002_slice001"]
-    assert find_volumes(folder) == find_volumes(folder, folder / "lists") == [folder / "test_vol_h5" / "case0009.npy.h5"]
+    assert (
+        find_volumes(folder)
+        == find_volumes(folder, folder / "lists")
+        == [folder / "test_vol_h5" / "case0009.npy.h5"]
+    )
 
 
 def test_labels_are_counted(folder):
@@ -58,9 +72,13 @@ def test_fingerprint_sees_contents_and_names(folder):
 def test_a_sample_depends_on_seed_epoch_and_index_alone(folder):
     slices = find_slices(folder)
     a, b = (SliceDataset(slices, seed=3) for _ in range(2))
-    assert [a[e, i].transform for e in range(5) for i in range(12)] == [b[e, i].transform for e in range(5) for i in range(12)]
+    assert [a[e, i].transform for e in range(5) for i in range(12)] == [
+        b[e, i].transform for e in range(5) for i in range(12)
+    ]
     assert len({a[e, 0].transform for e in range(40)}) > 10
-    assert [SliceDataset(slices, seed=4)[e, 0].transform for e in range(9)] != [a[e, 0].transform for e in range(9)]
+    assert [SliceDataset(slices, seed=4)[e, 0].transform for e in range(9)] != [
+        a[e, 0].transform for e in range(9)
+    ]
 
 
 @pytest.mark.parametrize("count, size, ranks", [(10, 3, 1), (10, 3, 2), (12, 4, 1), (5, 8, 1), (9, 2, 4)])

@@ -13,10 +13,10 @@ from samlora.inference.slices import predict_slices
 from samlora.model.checkpoint import adapter_tensors, read_tensors
 from samlora.model.lora import lora_names
 from samlora.model.sam import state_shapes
+from samlora.training.config import TrainConfig
 from samlora.training.losses import dice_ce
 from samlora.training.schedule import learning_rate
 from samlora.training.setup import make_optimizer
-from samlora.training.config import TrainConfig
 
 HERE = Path(__file__).parent / "golden"
 _spec = importlib.util.spec_from_file_location("golden_inputs", HERE / "inputs.py")

@@ -45,7 +45,12 @@ def test_imports_go_one_way(path):
 def test_data_and_evaluation_know_no_torch_at_import():
     for part in ("data", "evaluation"):
         for path in (PACKAGE / part).glob("*.py"):
-            top = {n.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import) for n in node.names}
+            top = {
+                n.name
+                for node in ast.parse(path.read_text()).body
+                if isinstance(node, ast.Import)
+                for n in node.names
+            }
             assert "torch" not in top, path
 
 

@@ -19,7 +19,9 @@ def linear(i: int, o: int) -> nn.Linear:
 
 def tiny(system: str = "samed", **options):
     with pytest.warns(UserWarning, match="random weights"):
-        return samlora.build_model(system, base=None, variant="vit_ti", **{"image_size": 64, "num_classes": 3, **options})
+        return samlora.build_model(
+            system, base=None, variant="vit_ti", **{"image_size": 64, "num_classes": 3, **options}
+        )
 
 
 def moved(model: nn.Module) -> nn.Module:
@@ -82,7 +84,9 @@ def test_chosen_layers_only():
     model = tiny(lora_layers=[3, 10])
     adapted = [i for i, b in enumerate(model.image_encoder.blocks) if isinstance(b.attn.qkv, LoRA_qkv)]
     assert adapted == [3, 10] == list(model.spec.lora_layers)
-    assert {n for n in adapter_tensors(model) if n.startswith("w_")} == {f"w_{f}_{i:03d}" for f in "ab" for i in range(4)}
+    assert {n for n in adapter_tensors(model) if n.startswith("w_")} == {
+        f"w_{f}_{i:03d}" for f in "ab" for i in range(4)
+    }
 
 
 def test_lora_sam_works_on_a_stock_model(tmp_path):
@@ -94,7 +98,9 @@ def test_lora_sam_works_on_a_stock_model(tmp_path):
     assert block.attn(torch.zeros(1, 14, 14, 768)).shape == (1, 14, 14, 768)
     lora.save_lora_parameters(tmp_path / "lora.safetensors")
     tensors, _ = read_tensors(tmp_path / "lora.safetensors")
-    assert len(tensors) == 48 and tensors["w_a_000"].shape == (2, 768) and tensors["w_b_023"].shape == (768, 2)
+    assert (
+        len(tensors) == 48 and tensors["w_a_000"].shape == (2, 768) and tensors["w_b_023"].shape == (768, 2)
+    )
 
 
 @pytest.mark.real

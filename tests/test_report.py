@@ -137,11 +137,6 @@ def test_informative_slices_are_spread_over_the_labelled_ones(volume):
     assert report.informative_slices(np.zeros_like(truth), 2, 12) == [3, 9]
 
 
-def test_display_flips_put_anterior_up_and_the_right_side_left():
-    assert report.display_flips(np.diag([1, 1, 1, 1])) == (True, True)  # indices run right, anterior
-    assert report.display_flips(np.diag([-1, -1, 1, 1])) == (False, False)  # left, posterior, as in DICOM
-    assert report.display_flips(np.diag([-0.7, 0.8, 3])) == (True, False)
-
 
 COLUMNS = "step,epoch,lr,loss,loss_ce,loss_dice,val_dice\n"
 

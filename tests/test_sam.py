@@ -10,7 +10,17 @@ from torch import nn
 
 from samlora.errors import InputError
 from samlora.model.checkpoint import resize_positions
-from samlora.model.sam import VARIANTS, Attention, Prompts, _attend_matmul, _attend_widened, build_sam, partition, state_shapes, unpartition
+from samlora.model.sam import (
+    VARIANTS,
+    Attention,
+    Prompts,
+    _attend_matmul,
+    _attend_widened,
+    build_sam,
+    partition,
+    state_shapes,
+    unpartition,
+)
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -92,9 +102,15 @@ def test_prompts_of_many_images_equal_stock_one_by_one():
         together = ours(images, Prompts(points=points, labels=labels, boxes=boxes, image_index=index))
         embeddings = ours.image_encoder(images)
         for i, image in enumerate(index):
-            sparse, dense = stock.prompt_encoder((points[i : i + 1], labels[i : i + 1]), boxes[i : i + 1], None)
+            sparse, dense = stock.prompt_encoder(
+                (points[i : i + 1], labels[i : i + 1]), boxes[i : i + 1], None
+            )
             alone, _ = stock.mask_decoder(
-                embeddings[image][None], stock.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=False
+                embeddings[image][None],
+                stock.prompt_encoder.get_dense_pe(),
+                sparse,
+                dense,
+                multimask_output=False,
             )
             torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=1e-4)
 
@@ -105,9 +121,7 @@ def test_position_tables_resize_to_every_size(name, size):
     """Official shapes to every size, the global blocks chosen by index (on the meta device: no weights)."""
     variant = VARIANTS[name]
     wanted = state_shapes(name, size)
-    tables = {
-        n: torch.zeros(s) for n, s in state_shapes(name).items() if "pos_embed" in n or "rel_pos" in n
-    }
+    tables = {n: torch.zeros(s) for n, s in state_shapes(name).items() if "pos_embed" in n or "rel_pos" in n}
     resized = resize_positions(tables, name, size)
     assert {n: t.shape for n, t in resized.items()} == {n: wanted[n] for n in tables}
     rows = resized[f"image_encoder.blocks.{variant.global_blocks[0]}.attn.rel_pos_h"].shape[0]

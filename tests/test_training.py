@@ -82,7 +82,13 @@ def test_a_run_leaves_what_it_promises(config, data, base, capsys):
     assert saved == replace(config, val_cases=("case0002",), save_interval=1)
 
     said = capsys.readouterr().out
-    for words in ("trains 3,8", "effective batch 4", "device", "next: python test.py --volume_path", str(base)):
+    for words in (
+        "trains 3,8",
+        "effective batch 4",
+        "device",
+        "next: python test.py --volume_path",
+        str(base),
+    ):
         assert words in said, words
 
 
@@ -109,7 +115,9 @@ def test_a_resumed_run_ends_in_the_same_bytes(config, tmp_path, optimizer):
     begun = replace(config, output=str(tmp_path / "parts"))
     train(replace(begun, stop_epoch=1))
     parts = train(replace(begun, resume=True))
-    assert (whole / "adapter_last.safetensors").read_bytes() == (parts / "adapter_last.safetensors").read_bytes()
+    assert (whole / "adapter_last.safetensors").read_bytes() == (
+        parts / "adapter_last.safetensors"
+    ).read_bytes()
     assert (whole / "metrics.csv").read_text() == (parts / "metrics.csv").read_text()
 
 
@@ -130,12 +138,26 @@ def test_a_run_is_never_overwritten(config):
 
 def test_lora_ckpt_starts_a_new_run_from_weights(config, tmp_path):
     first = train(config)
-    second = train(replace(config, output=str(tmp_path / "second"), lora_ckpt=str(first / "adapter_last.safetensors"), base_lr=1e-9))
+    second = train(
+        replace(
+            config,
+            output=str(tmp_path / "second"),
+            lora_ckpt=str(first / "adapter_last.safetensors"),
+            base_lr=1e-9,
+        )
+    )
     a, b = (load_file(run / "adapter_last.safetensors") for run in (first, second))
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=0)
     with pytest.raises(InputError, match="rank"):
-        train(replace(config, output=str(tmp_path / "third"), lora_ckpt=str(first / "adapter_last.safetensors"), rank=2))
+        train(
+            replace(
+                config,
+                output=str(tmp_path / "third"),
+                lora_ckpt=str(first / "adapter_last.safetensors"),
+                rank=2,
+            )
+        )
 
 
 @pytest.mark.parametrize("classes", [1, 2, 20])
@@ -144,7 +166,9 @@ def test_it_learns(tmp_path, base, classes):
     torch.manual_seed(0)
     model = samlora.build_model("samed", base=base, image_size=64, num_classes=classes)
     y, x = np.mgrid[:64, :64]
-    label = ((y // 13) * 5 + x // 13 + 1).clip(0, 25) * (np.arange(26) <= classes)[((y // 13) * 5 + x // 13 + 1).clip(0, 25)]
+    label = ((y // 13) * 5 + x // 13 + 1).clip(0, 25) * (np.arange(26) <= classes)[
+        ((y // 13) * 5 + x // 13 + 1).clip(0, 25)
+    ]
     image = (label / classes).astype(np.float32)
     samples = [[Sample("a", image, label.astype(np.uint8), Transform())]]
     config = TrainConfig(base_lr=0.002, device="cpu")
@@ -174,8 +198,12 @@ def test_accumulation_weighs_samples_alike(base):
 def test_a_loss_that_is_not_finite_names_the_samples(base):
     model = samlora.build_model("samed", base=base, image_size=64, num_classes=2)
     fabric, _ = make_fabric(TrainConfig(device="cpu"))
-    wrapped, optimizer = fabric.setup(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
-    bad = Sample("case0005_slice042", np.full((32, 32), 1e38, np.float32), np.zeros((32, 32), np.uint8), Transform())
+    wrapped, optimizer = fabric.setup(
+        model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    )
+    bad = Sample(
+        "case0005_slice042", np.full((32, 32), 1e38, np.float32), np.zeros((32, 32), np.uint8), Transform()
+    )
     with pytest.raises(InputError, match="case0005_slice042"):
         optimizer_step(fabric, wrapped, optimizer, [[bad]], 64, 0.8)
 
@@ -185,9 +213,13 @@ class Ranks:
         self.world_size, self.global_rank = world_size, 0
 
 
-@pytest.mark.parametrize("count, batch, accumulate, ranks", [(100, 12, 2, 1), (10, 3, 4, 1), (7, 8, 1, 2), (50, 4, 3, 2)])
+@pytest.mark.parametrize(
+    "count, batch, accumulate, ranks", [(100, 12, 2, 1), (10, 3, 4, 1), (7, 8, 1, 2), (50, 4, 3, 2)]
+)
 def test_plan_counts_batches(count, batch, accumulate, ranks):
-    plan = Plan.of(TrainConfig(batch_size=batch, accumulate=accumulate, max_epochs=3, stop_epoch=3), Ranks(ranks), count)
+    plan = Plan.of(
+        TrainConfig(batch_size=batch, accumulate=accumulate, max_epochs=3, stop_epoch=3), Ranks(ranks), count
+    )
     used = 0
     for step in range(plan.last_step):
         assert plan.batches_before(step) == used
@@ -198,7 +230,12 @@ def test_plan_counts_batches(count, batch, accumulate, ranks):
 def test_published_plan_is_samed():
     """2211 slices on two GPUs of 12: 93 iterations per epoch, 18,600 to decay over, 14,880 done."""
     plan = Plan.of(TrainConfig(accumulate=2), Ranks(1), 2211)
-    assert (plan.effective_batch, plan.steps_per_epoch, plan.horizon, plan.last_step) == (24, 93, 18600, 14880)
+    assert (plan.effective_batch, plan.steps_per_epoch, plan.horizon, plan.last_step) == (
+        24,
+        93,
+        18600,
+        14880,
+    )
 
 
 def test_two_processes_share_a_run(config, tmp_path, data, base):
@@ -206,8 +243,34 @@ def test_two_processes_share_a_run(config, tmp_path, data, base):
     import subprocess
     import sys
 
-    command = [sys.executable, "-m", "samlora", "train", "--root_path", str(data), "--ckpt", str(base), "--num_classes", "2", "--img_size", "64"]
-    command += ["--batch_size", "2", "--max_epochs", "1", "--device", "cpu", "--n_gpu", "2", "--strategy", "ddp", "--output", str(tmp_path / "ddp")]
+    command = [
+        sys.executable,
+        "-m",
+        "samlora",
+        "train",
+        "--root_path",
+        str(data),
+        "--ckpt",
+        str(base),
+        "--num_classes",
+        "2",
+        "--img_size",
+        "64",
+    ]
+    command += [
+        "--batch_size",
+        "2",
+        "--max_epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--n_gpu",
+        "2",
+        "--strategy",
+        "ddp",
+        "--output",
+        str(tmp_path / "ddp"),
+    ]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stderr[-3000:]
     (run,) = (tmp_path / "ddp").iterdir()
@@ -224,8 +287,20 @@ def test_options_round_trip(tmp_path):
 @pytest.mark.parametrize("name", ["samed", "samed_s", "samed_h", "demo"])
 def test_every_shipped_config_trains(name, config, tmp_path):
     """Every YAML as it stands but for sizes that a test can afford."""
-    small = {"ckpt": "random", "vit_name": "vit_ti", "img_size": 64, "batch_size": 4, "max_iterations": 1, "val_cases": (), "compile": False}
-    values = read_yaml(name) | small | {"root_path": config.root_path, "output": str(tmp_path), "num_classes": 2, "device": "cpu"}
+    small = {
+        "ckpt": "random",
+        "vit_name": "vit_ti",
+        "img_size": 64,
+        "batch_size": 4,
+        "max_iterations": 1,
+        "val_cases": (),
+        "compile": False,
+    }
+    values = (
+        read_yaml(name)
+        | small
+        | {"root_path": config.root_path, "output": str(tmp_path), "num_classes": 2, "device": "cpu"}
+    )
     with pytest.warns(UserWarning, match="random weights"):
         run = train(make(TrainConfig, values))
     assert json.loads((run / "run.json").read_text())["model"]["system"] == read_yaml(name)["system"]
@@ -241,8 +316,16 @@ def test_samed_commands_work(data, base, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = f"test --config {run / 'config.yaml'} --volume_path {data} --output_dir {out} --is_savenii --metric-policy samed --input_size 24 --device cpu"
     assert main(arguments.split()) == 0
-    assert {p.name for p in out.iterdir()} == {"metrics.csv", "summary.json", "log.txt", "preview.png", "predictions"}
-    assert {p.name for p in (out / "predictions").iterdir()} == {f"case0007_{kind}.nii.gz" for kind in ("pred", "img", "gt")}
+    assert {p.name for p in out.iterdir()} == {
+        "metrics.csv",
+        "summary.json",
+        "log.txt",
+        "overlays",
+        "predictions",
+    }
+    assert {p.name for p in (out / "predictions").iterdir()} == {
+        f"case0007_{kind}.nii.gz" for kind in ("pred", "img", "gt")
+    }
     said = capsys.readouterr().out
     assert "class_2" in said and "samed" in said and "strict" in said
 
@@ -288,7 +371,9 @@ def junk(tmp_path_factory, base):
     (tmp / "bad.yaml").write_text("optimizer: lion\n")
     (tmp / "key.yaml").write_text("base_rl: 0.1\n")
     torch.save({n: t + 1 for n, t in torch.load(base, weights_only=True).items()}, tmp / "other.pth")
-    samlora.save_adapter(samlora.build_model("samed", base=base, image_size=64, num_classes=2), tmp / "a.safetensors")
+    samlora.save_adapter(
+        samlora.build_model("samed", base=base, image_size=64, num_classes=2), tmp / "a.safetensors"
+    )
     return tmp
 
 

@@ -274,3 +274,13 @@ def test_a_dicom_series_with_a_slice_missing_is_refused(real_data, tmp_path):
         (tmp_path / file.name).symlink_to(file)
     with pytest.raises(InputError, match="4 mm between .* a slice is missing"):
         read_volume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "axes, flip_ud, flip_lr", [("RAS", True, True), ("LPS", False, False), ("LAS", True, False), ("RPS", False, True)]
+)
+def test_slices_are_shown_front_up_and_the_right_side_left(axes, flip_ud, flip_lr):
+    volume = reorient(Volume(np.zeros((4, 6, 5)), np.diag([1.0, 2.0, 3.0, 1.0])), axes)
+    case = Case(np.zeros((5, 6, 4)), None, volume.geometry(None, 2))
+    assert case.display == {"flip_ud": flip_ud, "flip_lr": flip_lr, "aspect": 2.0}
+    assert Case(np.zeros((5, 6, 4))).display == {"flip_ud": False, "flip_lr": False, "aspect": 1.0}

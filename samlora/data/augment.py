@@ -39,7 +39,7 @@ def nearest_index(source: int, target: int) -> np.ndarray:
 
 
 def resize_image(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Cubic spline zoom of (..., H, W) to (..., *shape), float32; equals scipy.ndimage.zoom(order=3) per image."""
+    """Cubic spline zoom of (..., H, W) to (..., *shape), float32: scipy.ndimage.zoom(order=3) per image."""
     rows, cols = (zoom_matrix(n, m) for n, m in zip(image.shape[-2:], shape))
     return (rows @ image @ cols.T).astype(np.float32)
 
@@ -73,7 +73,10 @@ def sample_transform(generator: np.random.Generator) -> Transform:
 
 @functools.lru_cache(maxsize=128)
 def _rotation(height: int, width: int, angle: int) -> tuple[np.ndarray, np.ndarray]:
-    """Flat source positions (H, W) int64 of scipy.ndimage.rotate(order=0, reshape=False), and where it fills 0."""
+    """Source of each pixel of scipy.ndimage.rotate(order=0, reshape=False), and where that fills in 0.
+
+    Flat positions (H, W) int64 and a mask (H, W).
+    """
     radians = np.deg2rad(angle)
     turn = np.array([[np.cos(radians), np.sin(radians)], [-np.sin(radians), np.cos(radians)]])
     centre = (np.array([height, width]) - 1) / 2
@@ -100,7 +103,9 @@ def make_batch(images: Sequence, labels: Sequence, transforms: Sequence[Transfor
     for i, (image, label, transform) in enumerate(zip(images, labels, transforms)):
         image, label = (_transformed(x.to(device, non_blocking=True), transform) for x in (image, label))
         height, width = image.shape
-        rows, cols = (torch.from_numpy(zoom_matrix(n, side).astype(np.float32)).to(device) for n in (height, width))
+        rows, cols = (
+            torch.from_numpy(zoom_matrix(n, side).astype(np.float32)).to(device) for n in (height, width)
+        )
         batch[i, 0] = rows @ image @ cols.T
         positions = []
         for size in (height, width):

@@ -1,6 +1,7 @@
 """Training slices and test volumes on disk: found, checked, split by case, drawn in a reproducible order."""
 
 import hashlib
+import json
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from samlora.data.augment import Transform, sample_transform
+from samlora.data.grid import Geometry
 from samlora.data.volume import read_slice
 from samlora.errors import InputError, MissingFileError
 
@@ -28,7 +30,7 @@ class SliceFile:
 
 @dataclass(frozen=True)
 class Sample:
-    """A slice as it came from disk, and what is to be done to it. image (H, W) float32, label (H, W) uint8."""
+    """A slice from disk, and what is to be done to it. image (H, W) float32, label (H, W) uint8."""
 
     name: str
     image: np.ndarray
@@ -40,7 +42,10 @@ def data_folder(root: str | Path, inner: str, flag: str) -> Path:
     """`root/inner` where that exists, else `root`. Raises MissingFileError naming the flag."""
     root = Path(root)
     if not root.is_dir():
-        raise MissingFileError(f"{flag} {root}: there is no such folder; make it with: samlora prepare SRC -o {root} --dataset NAME")
+        raise MissingFileError(
+            f"{flag} {root}: there is no such folder; make it with: samlora prepare SRC -o {root} "
+            f"--dataset NAME"
+        )
     return root / inner if (root / inner).is_dir() else root
 
 
@@ -49,38 +54,59 @@ def _listed(folder: Path, list_dir: str | Path | None, list_name: str, ending: s
     if list_dir is None:
         found = sorted(p for p in folder.glob(f"*{ending}") if not p.name.startswith("."))
         if not found:
-            raise InputError(f"{folder}: holds no {what} (*{ending}); make some with: samlora prepare SRC -o DST --dataset NAME")
+            raise InputError(
+                f"{folder}: holds no {what} (*{ending}); make some with: samlora prepare SRC -o DST "
+                f"--dataset NAME"
+            )
         return found
     listing = Path(list_dir) / list_name
     if not listing.is_file():
-        raise MissingFileError(f"--list_dir {list_dir}: there is no {list_name} in it; leave --list_dir out to use the whole folder")
+        raise MissingFileError(
+            f"--list_dir {list_dir}: there is no {list_name} in it; leave --list_dir out to use the "
+            f"whole folder"
+        )
     names = [line.strip() for line in listing.read_text().splitlines() if line.strip()]
     paths = [folder / f"{name}{ending}" for name in names]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise MissingFileError(f"{listing}: names {missing[0].name}{more}, which is not in {folder}; correct the list or the folder")
+        raise MissingFileError(
+            f"{listing}: names {missing[0].name}{more}, which is not in {folder}; correct the list "
+            f"or the folder"
+        )
     if not paths:
         raise InputError(f"{listing}: is empty; put one name a line into it or leave --list_dir out")
     return paths
 
 
 def find_slices(root: str | Path, list_dir: str | Path | None = None) -> list[SliceFile]:
-    """The training slices below `root` (root/train_npz or root itself), or those that list_dir/train.txt names.
+    """The training slices below `root` (in train_npz/ or itself), or those that list_dir/train.txt names.
 
     The case of `case0005_slice000.npz` is case0005; a name without `_slice` is its own case.
     Raises MissingFileError or InputError when there are none.
     """
-    paths = _listed(data_folder(root, "train_npz", "--root_path"), list_dir, "train.txt", ".npz", "training slices")
+    paths = _listed(
+        data_folder(root, "train_npz", "--root_path"), list_dir, "train.txt", ".npz", "training slices"
+    )
     return [SliceFile(path, path.stem.rsplit("_slice", 1)[0]) for path in paths]
 
 
+def read_geometry(root: str | Path, case: str) -> Geometry | None:
+    """The grid a training case was cut from, as `samlora prepare` recorded it; None for published data."""
+    record = data_folder(root, "train_npz", "--root_path").parent / "cases" / f"{case}.json"
+    if not record.is_file():
+        return None
+    return Geometry.from_dict(json.loads(record.read_text(encoding="utf-8"))["geometry"])
+
+
 def find_volumes(root: str | Path, list_dir: str | Path | None = None) -> list[Path]:
-    """The test volumes below `root` (root/test_vol_h5 or root itself), or those that list_dir/test_vol.txt names.
+    """The test volumes below `root` (in test_vol_h5/ or itself), or those that list_dir/test_vol.txt names.
 
     Raises MissingFileError or InputError when there are none.
     """
-    return _listed(data_folder(root, "test_vol_h5", "--volume_path"), list_dir, "test_vol.txt", ".npy.h5", "test volumes")
+    return _listed(
+        data_folder(root, "test_vol_h5", "--volume_path"), list_dir, "test_vol.txt", ".npy.h5", "test volumes"
+    )
 
 
 def check_labels(slices: Sequence[SliceFile], num_classes: int, threads: int = 4) -> np.ndarray:
@@ -96,7 +122,8 @@ def check_labels(slices: Sequence[SliceFile], num_classes: int, threads: int = 4
             outside = [int(v) for v in np.unique(label) if v < 0 or v > num_classes]
             shown = ", ".join(map(str, outside[:8])) + (", ..." if len(outside) > 8 else "")
             raise InputError(
-                f"{item.path}: label values {shown} are outside 0..{num_classes}; set --num_classes to the number "
+                f"{item.path}: label values {shown} are outside 0..{num_classes}; set --num_classes "
+                f"to the number "
                 f"of foreground classes, or prepare the data with a label map"
             )
         return np.bincount(label.ravel().astype(np.int64), minlength=num_classes + 1)
@@ -116,15 +143,23 @@ def split_cases(
     cases = sorted({item.case for item in slices})
     unknown = [case for case in val_cases if case not in cases]
     if unknown:
-        raise InputError(f"--val_cases {unknown[0]}: there is no such case; there are {', '.join(cases[:8])}{', ...' * (len(cases) > 8)}")
+        raise InputError(
+            f"--val_cases {unknown[0]}: there is no such case; there are "
+            f"{', '.join(cases[:8])}{', ...' * (len(cases) > 8)}"
+        )
     if not 0 <= val_fraction < 1:
-        raise InputError(f"--val_fraction {val_fraction} is not possible; give a share of the cases from 0 up to, not including, 1")
+        raise InputError(
+            f"--val_fraction {val_fraction} is not possible; give a share of the cases from 0 up "
+            f"to, not including, 1"
+        )
     chosen = set(val_cases)
     if not chosen and val_fraction:
         count = max(1, round(val_fraction * len(cases)))
         chosen = set(np.random.default_rng([seed, 1]).permutation(cases)[:count].tolist())
     if chosen == set(cases):
-        raise InputError(f"validation takes all {len(cases)} cases and leaves none to train on; name fewer cases")
+        raise InputError(
+            f"validation takes all {len(cases)} cases and leaves none to train on; name fewer cases"
+        )
     return [s for s in slices if s.case not in chosen], [s for s in slices if s.case in chosen]
 
 
@@ -139,7 +174,7 @@ def fingerprint(slices: Sequence[SliceFile]) -> str:
 
 
 class SliceDataset:
-    """Samples by (epoch, index): the slice from disk, and a transform that depends on seed, epoch and index alone."""
+    """Samples by (epoch, index): a slice, and a transform that depends on seed, epoch and index alone."""
 
     def __init__(self, slices: Sequence[SliceFile], seed: int, augment: bool = True):
         self.slices, self.seed, self.augment = list(slices), seed, augment
@@ -165,7 +200,16 @@ class Batches:
     batch smaller than the number of ranks is filled up from its own beginning, so that none goes empty.
     """
 
-    def __init__(self, count: int, batch_size: int, epochs: int, seed: int, start: int = 0, rank: int = 0, ranks: int = 1):
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
         self.count, self.batch_size, self.epochs, self.seed = count, batch_size, epochs, seed
         self.start, self.rank, self.ranks = start, rank, ranks
         self.per_epoch = -(-count // (batch_size * ranks))

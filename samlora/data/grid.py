@@ -96,6 +96,18 @@ class Case:
         return None if self.geometry is None else self.geometry.affine
 
     @property
+    def display(self) -> dict[str, bool | float]:
+        """flip_ud, flip_lr and aspect (row over column spacing) that show slices as radiologists hang them.
+
+        Then front (or head) is up, and the patient's right (or front) at the left. Slices whose geometry is
+        not known are shown as they are stored.
+        """
+        if self.geometry is None:
+            return {"flip_ud": False, "flip_lr": False, "aspect": 1.0}
+        _, row, column = (self.geometry.orientation[axis] for axis in slice_order(self.geometry.slice_axis))
+        return {"flip_ud": row in "AS", "flip_lr": column in "RA", "aspect": self.spacing[1] / self.spacing[2]}
+
+    @property
     def spacing(self) -> tuple[float, float, float] | None:
         """Voxel size in mm along (D, H, W), or None where it is not known."""
         if self.geometry is None:
@@ -151,9 +163,9 @@ def match_grid(label: Volume, to: Volume) -> Volume:
 
 
 def case_to_volume(case: Case, stack: np.ndarray) -> Volume:
-    """A stack (D, H, W), labels or image, on the grid of the file that `case` was made from: shape, affine, codes.
+    """A stack (D, H, W), labels or image, on the grid of the file that `case` was made from.
 
-    Where that is not known (published files) the array is (x, y, z) with an identity affine. Raises
+    Shape, affine and codes are that file's. Where that is not known (published files) the array is (x, y, z) with an identity affine. Raises
     InputError if `stack` has another shape than the case.
     """
     if stack.shape != case.image.shape:

@@ -6,7 +6,7 @@ fine grid gives partial volume and the exact share of each organ in each voxel. 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,8 @@ FINE = 2  # fine samples per voxel and axis
 
 # Tissues of the fine grid. 1..8 are the organs' own; the rest of the named ones are parts of them or no organ.
 SPLEEN, KIDNEY_R, KIDNEY_L, GALLBLADDER, LIVER, STOMACH, AORTA, PANCREAS = range(1, 9)
-(AIR, FAT, SKIN_FAT, SKIN, MUSCLE, BONE, MARROW, CANAL, DISC, LUNG, LUNG_VESSEL, BLOOD, VEIN, BOWEL, CHYME, STOOL, GAS,
- TABLE, LIVER_VEIN, MEDULLA_R, MEDULLA_L, MEAL, STOMACH_GAS, SINUS) = (0, *range(9, 32))
+(AIR, FAT, SKIN_FAT, SKIN, MUSCLE, BONE, MARROW, CANAL, DISC, LUNG, LUNG_VESSEL, BLOOD, VEIN, BOWEL, CHYME,
+ STOOL, GAS, TABLE, LIVER_VEIN, MEDULLA_R, MEDULLA_L, MEAL, STOMACH_GAS, SINUS) = (0, *range(9, 32))
 _CLASS = np.zeros(32, np.uint8)
 _CLASS[1:9] = range(1, 9)
 _CLASS[[LIVER_VEIN, MEDULLA_R, MEDULLA_L, MEAL, STOMACH_GAS]] = LIVER, KIDNEY_R, KIDNEY_L, STOMACH, STOMACH
@@ -44,9 +44,19 @@ class _Canvas:
     strands: tuple[np.ndarray, np.ndarray]  # unit variance, about 12 mm wide
     tissue: np.ndarray
 
+    def slabs(self, rows: int = 8) -> Iterator["_Canvas"]:
+        """Views of a few rows along x each: what fits the processor's cache is drawn five times as fast."""
+        for start in range(0, len(self.tissue), rows):
+            part = slice(start, start + rows)
+            yield _Canvas(
+                (self.axes[0][part], *self.axes[1:]), self.x[part], self.y[part], self.z[part],
+                (self.bumps[0][part], self.bumps[1][part]), (self.strands[0][part], self.strands[1][part]),
+                self.tissue[part])
+
     def box(self, low: Sequence[float], high: Sequence[float], margin: float = 16) -> tuple[slice, slice, slice]:
         """Index ranges that hold the mm box, with room for the warp."""
-        ends = [np.searchsorted(axis, (a - margin, b + margin)) for axis, a, b in zip(self.axes, low, high, strict=True)]
+        ends = [np.searchsorted(axis, (a - margin, b + margin))
+                for axis, a, b in zip(self.axes, low, high, strict=True)]
         return tuple(slice(*end) for end in ends)
 
     def ellipsoid(self, centre: Point, semi: Point, turn: float = 0, lean: float = 0) -> tuple[tuple, np.ndarray]:
@@ -97,9 +107,10 @@ def _smooth(rng: np.random.Generator, extent: Sequence[float], shape: Sequence[i
 def _canvas(rng: np.random.Generator, shape: Sequence[int], spacing: Sequence[float]) -> _Canvas:
     fine = [FINE * size for size in shape]
     extent = [size * step for size, step in zip(shape, spacing, strict=True)]
-    axes = tuple(((np.arange(n) + 0.5) / n - 0.5).astype(np.float32) * length for n, length in zip(fine, extent, strict=True))
+    axes = tuple(((np.arange(n) + 0.5) / n - 0.5).astype(np.float32) * length
+                 for n, length in zip(fine, extent, strict=True))
     size = rng.normal(1, (0.05, 0.05, 0.06))  # patients differ in width, depth and height
-    warp = [4.0, 4.0, 3.0] * np.ones(3)
+    warp = (4.0, 4.0, 3.0)  # mm
     x, y, z = (
         axis.reshape([-1 if i == d else 1 for i in range(3)]) / size[d] + warp[d] * _smooth(rng, extent, fine, 90)
         for d, axis in enumerate(axes))
@@ -109,19 +120,23 @@ def _canvas(rng: np.random.Generator, shape: Sequence[int], spacing: Sequence[fl
     return _Canvas(axes, x, y, z, bumps, strands, np.zeros(fine, np.uint8))
 
 
-def _frame(canvas: _Canvas, rng: np.random.Generator) -> None:
-    """Skin, fat, muscle wall, ribs, spine, back muscles, lungs and heart, and the table below."""
+def _frame(canvas: _Canvas, seed: int) -> None:
+    """Skin, fat, muscle wall, ribs, spine, back muscles, lungs and heart, and the table below.
+
+    Works point by point, so that a canvas may be drawn slab by slab with one seed.
+    """
+    rng = np.random.default_rng(seed)
     x, y, z, tissue = canvas.x, canvas.y, canvas.z, canvas.tissue
     half_width, half_depth = rng.uniform(148, 160), rng.uniform(98, 112)
     fat, wall = rng.uniform(8, 26), rng.uniform(9, 13)
     centre = -8.0
-    a, b = x / half_width, (y - centre) / np.where(y > centre, half_depth, 0.92 * half_depth)
+    a, b = x / half_width, (y - centre) / np.where(y > centre, half_depth, 1.03 * half_depth)
     a, b = a * a, b * b
-    radius = np.sqrt(np.sqrt(np.sqrt(a * a * a + b * b * b + 2 * (a * a * b + a * b * b)) * (a + b) ** 0.5) + 1e-9)
+    radius = np.sqrt(np.sqrt(a * a + b * b + 1.3 * a * b) + 1e-9)  # 2 a b would be an ellipse
     depth = np.hypot(x, y - centre) * (1 / radius - 1)  # mm below the skin along the ray from the centre
     back = np.clip(-(y - centre) / half_depth, 0, 1)
     fat = fat * (1 + 0.4 * back) + 2.5 * canvas.bumps[1]
-    table = np.abs(y + 0.97 * half_depth + 14 - x * x / 900) < 2
+    table = np.abs(y + 1.05 * half_depth + 14 - x * x / 900) < 2
     tissue[table & (np.abs(x) < 165)] = TABLE
     tissue[depth > 0] = SKIN
     tissue[depth > 2] = SKIN_FAT
@@ -132,27 +147,29 @@ def _frame(canvas: _Canvas, rng: np.random.Generator) -> None:
 
     # Ribs descend from the spine to the front; each axial slice cuts several of them.
     angle = np.arctan2(np.abs(x), -(y - centre))  # 0 at the back, pi in front
-    for height in np.arange(-40, 200, 26) + rng.uniform(-6, 6):
-        off = np.hypot((z - (height - 34 * angle)) / 1.5, inner - wall * 0.5)
-        rib = (off < 4.6) & (angle > 0.35) & (angle < (1.35 + 0.007 * (height + 40)))
-        tissue[rib] = BONE
-        tissue[rib & (off < 2.6)] = MARROW
+    fall = z + 70 * angle - rng.uniform(-6, 6)
+    height = np.round(fall / 26) * 26
+    off = np.hypot((fall - height) / 1.2, inner - wall * 0.5)
+    rib = (off < 4.6) & (angle > 0.35) & (angle < 1.2 + 0.006 * height) & (height > 10)
+    tissue[rib] = BONE
+    tissue[rib & (off < 2.6)] = MARROW
 
     period, shift = rng.uniform(32, 37), rng.uniform(0, 30)
-    phase = np.mod(z + shift, period)
-    body = np.hypot(x / 1.25, y + 48) - 18 - 1.5 * np.abs(phase / period - 0.55)
-    for side in (-1, 1):  # back muscles, and the psoas that widens downwards
-        tissue[np.hypot((x - side * 33) / 1.5, y + 83) < 17.5] = MUSCLE
-        psoas = np.hypot(x - side * (36 - 0.05 * z), (y + 46) / 1.15) - np.clip(9 - 0.17 * z, 0, 24)
-        tissue[(psoas < 0) & (z < 40)] = MUSCLE
-    crus = (np.hypot(np.abs(x) - 20, (y + 26) / 2.0) < 5.5) & (z > -10)
-    tissue[crus] = MUSCLE
-    tissue[(np.abs(x) < 7 + 6 * (phase > period * 0.6)) & (y > -98) & (y < -70)] = BONE  # arch and spinous process
-    tissue[(np.hypot((np.abs(x) - 26) / 2.3, y + 72) < 5) & (phase > period * 0.45) & (phase < period * 0.8)] = BONE
-    tissue[body < 0] = BONE
-    tissue[body < -2.4] = MARROW
-    tissue[(body < 0) & (phase < 7)] = DISC
-    tissue[np.hypot(x / 1.2, y + 75) < 8.5] = CANAL
+    if np.abs(x).min() < 80:
+        phase = np.mod(z + shift, period)
+        body = np.hypot(x / 1.25, y + 48) - 18 - 1.5 * np.abs(phase / period - 0.55)
+        for side in (-1, 1):  # back muscles, and the psoas that widens downwards
+            tissue[np.hypot((x - side * 33) / 1.5, y + 80) < 17] = MUSCLE
+            psoas = np.hypot(x - side * (36 - 0.05 * z), (y + 46) / 1.15) - np.clip(9 - 0.17 * z, 0, 24)
+            tissue[(psoas < 0) & (z < 40)] = MUSCLE
+        crus = (np.hypot(np.abs(x) - 20, (y + 26) / 2.0) < 5.5) & (z > -10)
+        tissue[crus] = MUSCLE
+        tissue[(np.abs(x) < 7 + 6 * (phase > period * 0.6)) & (y > -94) & (y < -70)] = BONE  # arch and spinous process
+        tissue[(np.hypot((np.abs(x) - 26) / 2.3, y + 72) < 5) & (phase > period * 0.45) & (phase < period * 0.8)] = BONE
+        tissue[body < 0] = BONE
+        tissue[body < -2.4] = MARROW
+        tissue[(body < 0) & (phase < 7)] = DISC
+        tissue[np.hypot(x / 1.2, y + 75) < 8.5] = CANAL
 
     cavity = tissue == FAT
     top = rng.uniform(80, 92)
@@ -162,9 +179,9 @@ def _frame(canvas: _Canvas, rng: np.random.Generator) -> None:
     lung = cavity & (z > dome) & ~((np.abs(x) < 26) & (y < 25))
     tissue[lung] = LUNG
     tissue[lung & (np.hypot(*canvas.strands) < 0.28)] = LUNG_VESSEL
-    box, heart = canvas.ellipsoid((-18, 38, top + 8), (62, 44, 30), -0.4)
-    here = tissue[box]
-    here[(heart < 0) & (here == LUNG)] = BLOOD
+    along, across = 0.92 * (x + 18) - 0.39 * (y - 38), 0.92 * (y - 38) + 0.39 * (x + 18)
+    heart = (along / 62) ** 2 + (across / 44) ** 2 + ((z - top - 8) / 30) ** 2
+    tissue[(heart < 1) & lung] = BLOOD
     fold = cavity & (tissue == FAT) & (np.hypot(*canvas.strands) < 0.16)
     tissue[fold] = VEIN  # vessels of the mesentery
 
@@ -219,7 +236,9 @@ def _organs(canvas: _Canvas, rng: np.random.Generator) -> None:
     right_box, right = canvas.ellipsoid(near(80, -2, 22), sized(66, 82, 76), lean=-0.1)
     left_box, left = canvas.ellipsoid(near(8, 44, 50), sized(80, 36, 36), turn=-0.25, lean=0.2)
     for box, distance in ((left_box, left), (right_box, right)):
-        distance[(canvas.x[box] < 40) & (canvas.y[box] < 20 - 0.5 * canvas.z[box])] = 99  # hollow towards the spine
+        x, y = canvas.x[box] + 6 * canvas.bumps[1][box], canvas.y[box] + 0.5 * canvas.z[box]
+        hollow = np.hypot(np.maximum(x + 30, 0), np.maximum(y + 60, 0) * 0.9) - 72  # towards the spine
+        distance = np.maximum(distance, -hollow)
         inside = canvas.organ(box, distance, LIVER, gap=0.6, bumps=2.5)
         canvas.tissue[box][inside & (np.hypot(canvas.bumps[1][box], canvas.strands[1][box]) < 0.2)] = LIVER_VEIN
 
@@ -228,21 +247,25 @@ def _organs(canvas: _Canvas, rng: np.random.Generator) -> None:
 
     pylorus = near(18, 46, 10)
     radii = np.array([27, 34, 31, 25, 17, 13]) * rng.uniform(0.72, 1.08)
-    box, distance = canvas.tube([*path((-58, -8, 66), (-62, 16, 44), (-55, 40, 22), (-30, 54, 4), (-4, 54, 0)), pylorus], radii)
+    bend = path((-58, -8, 66), (-62, 16, 44), (-55, 40, 22), (-30, 54, 4), (-4, 54, 0))
+    box, distance = canvas.tube([*bend, pylorus], radii)
     inside = canvas.organ(box, distance, STOMACH, bumps=2.0)
     lumen = inside & (distance + 2.0 * canvas.bumps[0][box] < -rng.uniform(3.0, 5.0) - canvas.strands[0][box])
     canvas.tissue[box][lumen] = MEAL
     canvas.tissue[box][lumen & (canvas.y[box] > rng.uniform(28, 80))] = STOMACH_GAS
 
     spine_front = rng.normal(-17, 2)
-    aorta = path((-6, spine_front - 8, 150), (-9, spine_front - 3, 60), (-11, spine_front, 0), (-7, spine_front + 2, -82), spread=1.5)
-    canvas_vessels = (
-        ([(22, spine_front + 8, 150), (24, spine_front + 2, 40), (21, spine_front + 1, -30), (16, spine_front, -84)],
-         [12, 12, 11, 9], VEIN),  # inferior vena cava
-        ([aorta[3], (-28, -28, -130)], [6.5, 6], BLOOD), ([aorta[3], (22, -26, -130)], [6.5, 6], BLOOD),
-        ([(16, spine_front, -84), (-14, -34, -130)], [7, 7], VEIN), ([(16, spine_front, -84), (34, -34, -130)], [7, 7], VEIN),
+    aorta = path((-6, spine_front - 8, 150), (-9, spine_front - 3, 60), (-11, spine_front, 0),
+                 (-7, spine_front + 2, -82), spread=1.5)
+    vessels = (
+        ([(22, spine_front + 8, 150), (24, spine_front + 2, 40), (21, spine_front + 1, -30),
+          (16, spine_front, -84)], [12, 12, 11, 9], VEIN),  # inferior vena cava
+        ([aorta[3], (-28, -28, -130)], [6.5, 6], BLOOD),
+        ([aorta[3], (22, -26, -130)], [6.5, 6], BLOOD),
+        ([(16, spine_front, -84), (-14, -34, -130)], [7, 7], VEIN),
+        ([(16, spine_front, -84), (34, -34, -130)], [7, 7], VEIN),
     )
-    for line, widths, kind in canvas_vessels:
+    for line, widths, kind in vessels:
         canvas.organ(*canvas.tube(line, widths), kind, bumps=0.4)
 
     box, distance = canvas.tube(
@@ -283,9 +306,8 @@ def _gray_values(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Mean HU and the HU spread of the texture for every tissue, for one patient in one contrast phase."""
     phase = rng.choice(3, p=(0.15, 0.2, 0.65))  # none, arterial, portal venous
     plain, arterial, portal = range(3)
-    del plain
     low, high = {
-        0: ([48, 30, 38, 54, 38, 38, 40, 40], [56, 38, 46, 66, 46, 46, 48, 48]),
+        plain: ([48, 30, 38, 54, 38, 38, 40, 40], [56, 38, 46, 66, 46, 46, 48, 48]),
         arterial: ([90, 150, 85, 62, 195, 60, 80, 80], [118, 186, 110, 80, 250, 100, 100, 110]),
         portal: ([100, 150, 140, 88, 125, 115, 80, 110], [120, 188, 175, 110, 170, 160, 98, 150]),
     }[int(phase)]
@@ -296,8 +318,8 @@ def _gray_values(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         AIR: (-1000, 0), FAT: (rng.uniform(-112, -92), 9), SKIN_FAT: (rng.uniform(-115, -98), 5), SKIN: (10, 5),
         MUSCLE: (rng.uniform(45, 62), 8), BONE: (rng.uniform(420, 800), 60), MARROW: (rng.uniform(130, 250), 35),
         CANAL: (25, 6), DISC: (80, 8), LUNG: (-860, 25), LUNG_VESSEL: (0, 30), BLOOD: (aorta, 3), VEIN: (vein, 4),
-        BOWEL: (rng.uniform(55, 100), 8), CHYME: (rng.uniform(12, 45), 10), STOOL: (rng.uniform(-20, 60), 55), GAS: (-940, 0),
-        TABLE: (-250, 30), SPLEEN: (spleen, 4), KIDNEY_R: (cortex, 6), KIDNEY_L: (cortex, 6), MEDULLA_R: (medulla, 6),
+        BOWEL: (rng.uniform(55, 100), 8), CHYME: (rng.uniform(12, 45), 10),
+        STOOL: (rng.uniform(-20, 60), 55), GAS: (-940, 0), TABLE: (-250, 30), SPLEEN: (spleen, 4), KIDNEY_R: (cortex, 6), KIDNEY_L: (cortex, 6), MEDULLA_R: (medulla, 6),
         MEDULLA_L: (medulla, 6), GALLBLADDER: (rng.uniform(2, 18), 2), LIVER: (liver, 5), LIVER_VEIN: (liver_vein, 3),
         STOMACH: (rng.uniform(50, 95), 8), MEAL: (meal, rng.uniform(3, 22)), STOMACH_GAS: (-940, 0), AORTA: (aorta, 3),
         PANCREAS: (pancreas, 11), SINUS: (rng.uniform(0, 40), 8),
@@ -328,7 +350,9 @@ def abdomen(
     """
     rng = np.random.default_rng(seed)
     canvas = _canvas(rng, shape, spacing)
-    _frame(canvas, rng)
+    frame_seed = int(rng.integers(2**32))
+    for slab in canvas.slabs():
+        _frame(slab, frame_seed)
     _bowel(canvas, rng)
     _organs(canvas, rng)
 

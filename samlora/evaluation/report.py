@@ -131,18 +131,6 @@ def _without_nan(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def display_flips(affine: np.ndarray) -> tuple[bool, bool]:
-    """(flip_ud, flip_lr) that show slices of a (z, y, x) array as radiologists hang them.
-
-    affine: 4 x 4, from indices (x, y, z) to mm to the right, anterior and superior (NIfTI's frame), or its
-    3 x 3 part. Then anterior (or superior) is up, and the patient's right (or anterior) at the left.
-    """
-    directions = np.asarray(affine, dtype=float)[:3, :2]
-    grows = directions[np.abs(directions).argmax(axis=0), (0, 1)] > 0
-    # Index 0 is drawn first, at the left and at the top: there the patient's right, front or top belongs.
-    return bool(grows[1]), bool(grows[0])
-
-
 def overlay(
     image: np.ndarray,
     truth: np.ndarray | None,
@@ -157,7 +145,8 @@ def overlay(
 
     image: (H, W), 0..1. truth, prediction: (H, W) label maps; either may be None. Returns the picture as
     uint8 (rows, columns, 3) and writes it as PNG where `path` is given. flip_ud, flip_lr: see
-    `display_flips`. aspect: row spacing over column spacing. Raises InputError for shapes that differ.
+    `samlora.data.grid.Case.display`. aspect: row spacing over column spacing.
+    Raises InputError for shapes that differ.
     """
     sheet = [None if array is None else np.asarray(array)[None] for array in (image, truth, prediction)]
     figure = _panels(*sheet, [0], class_names, 1, (flip_ud, flip_lr), aspect, titles=False)

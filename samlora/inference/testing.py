@@ -8,13 +8,18 @@ import numpy as np
 from torch import nn
 
 from samlora.data.dataset import find_volumes
-from samlora.data.grid import Case, Volume, case_to_volume
+from samlora.data.grid import Case, case_to_volume
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_case, write_volume
 from samlora.device import DTYPES, device_name, pick_device, pick_precision
 from samlora.errors import InputError
 from samlora.evaluation.metrics import POLICIES, evaluate, summarise
-from samlora.evaluation.report import contact_sheet, display_flips, table, write_metrics_csv, write_summary_json
+from samlora.evaluation.report import (
+    contact_sheet,
+    table,
+    write_metrics_csv,
+    write_summary_json,
+)
 from samlora.inference.config import TestConfig
 from samlora.inference.slices import predict_slices
 from samlora.model.checkpoint import Spec, guess_spec, read_adapter
@@ -27,13 +32,15 @@ PUBLISHED_INPUT_SIZE = 224
 def test(config: TestConfig) -> dict[str, dict]:
     """Predicts and measures every volume; returns policy -> summary over cases.
 
-    Writes metrics.csv (case x class), summary.json, log.txt, preview.png and, if asked, NIfTI files into
+    Writes metrics.csv (case x class), summary.json, log.txt, overlays/CASE.png and, if asked, NIfTI files into
     `output_dir`. Raises InputError for files and options that do not fit together, before anything is written.
     """
     import torch
 
     if config.volume_path is None:
-        raise InputError("--volume_path is missing; give the folder of prepared data (samlora prepare makes one)")
+        raise InputError(
+            "--volume_path is missing; give the folder of prepared data (samlora prepare makes one)"
+        )
     if config.lora_ckpt is None:
         raise InputError("--lora_ckpt is missing; give the adapter that train.py printed at its end")
     device = pick_device(config.device)
@@ -49,9 +56,9 @@ def test(config: TestConfig) -> dict[str, dict]:
 
     out = Path(config.output_dir)
     log = _logger(out)
-    log.info("%s on %s (base %s), %d px, slices shrunk to %s first, %d volumes of %s, device %s, %s",
-             spec.system, spec.variant, spec.base, spec.image_size, input_size or "nothing", len(paths), config.dataset,
-             device_name(device), precision)  # fmt: skip
+    shrunk = f", slices shrunk to {input_size} px first" if input_size else ""
+    log.info(f"{spec.system} on {spec.variant}, base {spec.base}, {spec.image_size} px{shrunk}")
+    log.info(f"{len(paths)} volumes of {config.dataset}, device {device_name(device)}, {precision}")
     results: dict[str, dict] = {policy: {} for policy in POLICIES}
     for path in _progress(paths):
         case = labelled_case(path, spec, config.lora_ckpt)
@@ -64,22 +71,36 @@ def test(config: TestConfig) -> dict[str, dict]:
         for policy in POLICIES:
             results[policy][case.name] = evaluate(prediction, case.label, spacing, list(names), policy)
         figures = summarise({case.name: results[config.metric_policy][case.name]})["overall"]
-        log.info("%s: %d slices in %.1f s, mean Dice %.4f, HD95 %.2f%s", case.name, len(prediction), seconds,
-                 figures["dice"]["mean"], figures["hd95"]["mean"], "" if case.spacing else " (spacing unknown: voxels)")  # fmt: skip
+        dice, hd95 = (figures[name]["mean"] for name in ("dice", "hd95"))
+        unit = "mm" if case.spacing and config.metric_policy == "strict" else "voxels"
+        log.info(
+            f"{case.name}: {len(prediction)} slices in {seconds:.1f} s, Dice {dice:.4f}, HD95 {hd95:.2f} {unit}"
+        )
+        picture = out / "overlays" / f"{case.name}.png"
+        contact_sheet(case.image, case.label, prediction, picture, names, **case.display)
         if config.is_savenii:
             save_nifti(case, prediction, out / "predictions")
-        if path == paths[0]:
-            flips = (False, False) if case.affine is None else _flips(case)
-            contact_sheet(case.image, case.label, prediction, out / "preview.png", names, flip_ud=flips[0], flip_lr=flips[1])
     summaries = {policy: summarise(cases) for policy, cases in results.items()}
     write_metrics_csv(out / "metrics.csv", results, names)
-    about = {"adapter": str(config.lora_ckpt), "dataset": config.dataset, "system": spec.system, "variant": spec.variant,
-             "image_size": spec.image_size, "input_size": input_size, "samlora": spec.samlora_version, "policy": config.metric_policy}  # fmt: skip
+    about = {
+        "adapter": str(config.lora_ckpt),
+        "dataset": config.dataset,
+        "system": spec.system,
+        "variant": spec.variant,
+        "image_size": spec.image_size,
+        "input_size": input_size,
+        "samlora": spec.samlora_version,
+        "policy": config.metric_policy,
+    }
     write_summary_json(out / "summary.json", summaries, names, about)
-    leading = {config.metric_policy: summaries[config.metric_policy]} | summaries
-    for line in table(leading, names).splitlines():
-        log.info("%s", line)
-    log.info("written to %s: metrics.csv, summary.json, preview.png, log.txt%s", out, ", predictions/" if config.is_savenii else "")
+    for line in table(
+        {config.metric_policy: summaries[config.metric_policy]} | summaries, names
+    ).splitlines():
+        log.info(line)
+    written = "metrics.csv, summary.json, overlays/, log.txt" + (
+        ", predictions/" if config.is_savenii else ""
+    )
+    log.info(f"written to {out}: {written}")
     _close(log)
     return summaries
 
@@ -99,10 +120,15 @@ def load_tested(config: TestConfig) -> nn.Module:
     for name, value in given.items():
         if value is not None and known.get(name, value) != value:
             flag = flags.get(name, name)
-            raise InputError(f"--{flag} {value}: the adapter {config.lora_ckpt} has {known[name]}; leave the flag out")
+            raise InputError(
+                f"--{flag} {value}: the adapter {config.lora_ckpt} has {known[name]}; leave the flag out"
+            )
     model = load_model(config.lora_ckpt, config.ckpt or "default", image_size=config.img_size)
     if model.num_masks != model.spec.num_classes + 1:
-        raise InputError(f"{config.lora_ckpt}: holds LoRA alone, without a decoder for classes; test.py needs an adapter of train.py")
+        raise InputError(
+            f"{config.lora_ckpt}: holds LoRA alone, without a decoder for classes; test.py needs an "
+            f"adapter of train.py"
+        )
     return model
 
 
@@ -120,11 +146,17 @@ def labelled_case(path: Path, spec: Spec, adapter: str) -> Case:
         raise InputError(f"{path}: holds no label; test.py measures against labels")
     highest = int(case.label.max())
     if case.label.min() < 0 or highest > spec.num_classes:
-        raise InputError(f"{path}: label values up to {highest}, but the adapter {adapter} has {spec.num_classes} classes; prepare the data with the label map of its training")
+        raise InputError(
+            f"{path}: label values up to {highest}, but the adapter {adapter} has "
+            f"{spec.num_classes} classes; prepare the data with the label map of its training"
+        )
     if case.recipe is not None and spec.recipe is not None:
         differences = Recipe.from_dict(spec.recipe).differences(Recipe.from_dict(case.recipe))
         if differences:
-            raise InputError(f"{path}: was prepared otherwise than the adapter's training data ({'; '.join(differences)}); prepare it with the same recipe")
+            raise InputError(
+                f"{path}: was prepared otherwise than the adapter's training data "
+                f"({'; '.join(differences)}); prepare it with the same recipe"
+            )
     return case
 
 
@@ -155,7 +187,9 @@ def _logger(folder: Path) -> logging.Logger:
         folder.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--output_dir {folder}: cannot write there ({error.strerror}); choose another folder") from None
+        raise InputError(
+            f"--output_dir {folder}: cannot write there ({error.strerror}); choose another folder"
+        ) from None
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.handlers = [AboveBar(), file]
     return log

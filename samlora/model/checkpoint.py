@@ -74,17 +74,23 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: cannot be read as weights ({_first_line(error)}); fetch or save it again") from None
+        raise InputError(
+            f"{path}: cannot be read as weights ({_first_line(error)}); fetch or save it again"
+        ) from None
     except Exception as error:  # safetensors raises its own type for a broken header
         if type(error).__name__ != "SafetensorError":
             raise
-        raise InputError(f"{path}: is not a safetensors file ({_first_line(error)}); fetch or save it again") from None
+        raise InputError(
+            f"{path}: is not a safetensors file ({_first_line(error)}); fetch or save it again"
+        ) from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"{path}: holds something else than named tensors; give a file of weights")
     return tensors, {}
 
 
-def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Writes a safetensors file, whole or not at all. Raises InputError for another ending."""
     from safetensors.torch import save_file
 
@@ -118,8 +124,12 @@ def find_base(variant: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     if variant == "vit_ti":
-        raise MissingFileError(f"the demo base {name} is missing from samlora's checkpoints folder; install samlora again")
-    raise MissingFileError(f"no base weights at checkpoints/{name}; fetch them with: samlora download {variant}")
+        raise MissingFileError(
+            f"the demo base {name} is missing from samlora's checkpoints folder; install samlora again"
+        )
+    raise MissingFileError(
+        f"no base weights at checkpoints/{name}; fetch them with: samlora download {variant}"
+    )
 
 
 def check_official(path: Path) -> None:
@@ -129,7 +139,8 @@ def check_official(path: Path) -> None:
         digest = _digest(path, "md5")
         if not digest.startswith(match[2]):
             raise InputError(
-                f"{path}: the MD5 starts with {digest[:6]}, not with {match[2]} as its name promises; the file is "
+                f"{path}: the MD5 starts with {digest[:6]}, not with {match[2]} as its name "
+                f"promises; the file is "
                 f"damaged or not Meta's: delete it and run: samlora download {match[1]}"
             )
 
@@ -141,14 +152,21 @@ def recognise_variant(state: dict[str, Tensor], path: str | os.PathLike) -> str:
         if patches is not None and patches.shape == (variant.width, 3, PATCH, PATCH):
             return name
     known = ", ".join(f"{name} ({v.width} wide)" for name, v in VARIANTS.items())
-    found = "no image_encoder.patch_embed.proj.weight" if patches is None else f"a patch embedding {tuple(patches.shape)}"
+    found = (
+        "no image_encoder.patch_embed.proj.weight"
+        if patches is None
+        else f"a patch embedding {tuple(patches.shape)}"
+    )
     raise InputError(f"{path}: is not a SAM checkpoint: it has {found}; known variants: {known}")
 
 
-def load_base(path: str | os.PathLike, variant: str | None, image_size: int | None, num_masks: int | None) -> tuple[Sam, str]:
+def load_base(
+    path: str | os.PathLike, variant: str | None, image_size: int | None, num_masks: int | None
+) -> tuple[Sam, str]:
     """Builds a SAM and fills it from a base checkpoint; returns it with the file's SHA-256.
 
-    variant: None to take what the file holds. image_size: None for `usual_size`; position tables are resized to it. num_masks: mask tokens of a semantic decoder, whose CLASS_TENSORS then start fresh; None
+    variant: None to take what the file holds. image_size: None for `usual_size`; position tables are
+    resized to it. num_masks: mask tokens of a semantic decoder, whose CLASS_TENSORS then start fresh; None
     keeps the file's decoder as it is. Parameters are float32.
     Raises MissingFileError or InputError: no file, wrong hash, another variant, a tensor missing,
     unexpected or of a wrong shape.
@@ -156,13 +174,20 @@ def load_base(path: str | os.PathLike, variant: str | None, image_size: int | No
     path = Path(path)
     if not path.is_file():
         official = next((v for v, name in OFFICIAL_FILES.items() if name == path.name), None)
-        hint = f"fetch it with: samlora download {official}" if official else "fetch SAM's with: samlora download vit_b"
+        hint = (
+            f"fetch it with: samlora download {official}"
+            if official
+            else "fetch SAM's with: samlora download vit_b"
+        )
         raise MissingFileError(f"no base weights at {path}; {hint}")
     check_official(path)
     state, _ = read_tensors(path)
     found = recognise_variant(state, path)
     if variant is not None and variant != found:
-        raise InputError(f"{path}: holds a {found} base, but {variant} was asked for; give the file of {variant} or --vit_name {found}")
+        raise InputError(
+            f"{path}: holds a {found} base, but {variant} was asked for; give the file of {variant} "
+            f"or --vit_name {found}"
+        )
     image_size = image_size or usual_size(found)
     sam = build_sam(found, image_size, num_masks or len(state["mask_decoder.mask_tokens.weight"]))
     _check_base(state, found, fresh_heads=num_masks is not None, path=path)
@@ -181,23 +206,33 @@ def _check_base(state: dict[str, Tensor], variant: str, fresh_heads: bool, path:
     """Compares a base's names and shapes with what a SAM of its own image size holds."""
     positions = state.get("image_encoder.pos_embed")
     if positions is None or positions.ndim != 4:
-        raise InputError(f"{path}: image_encoder.pos_embed is missing or not a (1, h, w, c) table; fetch the file again")
+        raise InputError(
+            f"{path}: image_encoder.pos_embed is missing or not a (1, h, w, c) table; fetch the file again"
+        )
     masks = state.get("mask_decoder.mask_tokens.weight")
     expected = state_shapes(variant, positions.shape[1] * PATCH, 4 if masks is None else len(masks))
-    _compare({n: t.shape for n, t in state.items() if not (fresh_heads and _is_class_tensor(n))},
-             {n: s for n, s in expected.items() if not (fresh_heads and _is_class_tensor(n))},
-             f"{path}: is not a complete {variant} base", "fetch the file again")
+    _compare(
+        {n: t.shape for n, t in state.items() if not (fresh_heads and _is_class_tensor(n))},
+        {n: s for n, s in expected.items() if not (fresh_heads and _is_class_tensor(n))},
+        f"{path}: is not a complete {variant} base",
+        "fetch the file again",
+    )
 
 
 def _compare(found: dict, expected: dict, what: str, advice: str) -> None:
     """Raises InputError naming the first missing, unexpected or misshapen tensor."""
-    for verb, names in (("lacks", expected.keys() - found.keys()), ("has an unexpected", found.keys() - expected.keys())):
+    for verb, names in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has an unexpected", found.keys() - expected.keys()),
+    ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"{what}: it {verb} {min(names)}{more}; {advice}")
     for name, shape in expected.items():
         if tuple(found[name]) != tuple(shape):
-            raise InputError(f"{what}: {name} has shape {tuple(found[name])}, expected {tuple(shape)}; {advice}")
+            raise InputError(
+                f"{what}: {name} has shape {tuple(found[name])}, expected {tuple(shape)}; {advice}"
+            )
 
 
 def resize_positions(state: dict[str, Tensor], variant: str, image_size: int) -> dict[str, Tensor]:
@@ -219,7 +254,9 @@ def resize_positions(state: dict[str, Tensor], variant: str, image_size: int) ->
             table = state[name].float()
             if table.shape[0] != 2 * grid - 1:
                 size = (2 * grid - 1, table.shape[1])
-                resized[name] = F.interpolate(table[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+                resized[name] = F.interpolate(table[None, None], size, mode="bilinear", align_corners=False)[
+                    0, 0
+                ]
     return resized
 
 
@@ -234,14 +271,16 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
-    """Writes everything that trains in a model, with its description, as one safetensors file, whole or not at all.
+    """Writes everything that trains in a model, with its description, as one safetensors file.
 
     model: from `samlora.build_model` or `samlora.load_model`.
     Raises InputError when the model was not built by samlora, or the ending is not .safetensors.
     """
     spec = getattr(model, "spec", None)
     if spec is None:
-        raise InputError("this model has no description (model.spec); build it with samlora.build_model or load_model")
+        raise InputError(
+            "this model has no description (model.spec); build it with samlora.build_model or load_model"
+        )
     write_tensors(path, adapter_tensors(model), {"samlora": json.dumps(asdict(spec))})
 
 
@@ -256,14 +295,21 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], Spec | Non
     tensors, metadata = read_tensors(path)
     if "samlora" not in metadata:
         if "w_a_000" not in tensors:
-            raise InputError(f"{path}: is not an adapter: it has neither samlora's description nor LoRA factors (w_a_000)")
+            raise InputError(
+                f"{path}: is not an adapter: it has neither samlora's description nor LoRA factors (w_a_000)"
+            )
         return tensors, None
     description = json.loads(metadata["samlora"])
     if description.get("format_version", 0) > FORMAT_VERSION:
-        raise InputError(f"{path}: was written by samlora {description.get('samlora_version')}, newer than this one; upgrade samlora")
+        raise InputError(
+            f"{path}: was written by samlora {description.get('samlora_version')}, newer than this "
+            f"one; upgrade samlora"
+        )
     known = {field.name for field in fields(Spec)}
     if set(description) != known:
-        raise InputError(f"{path}: its description is damaged (fields {sorted(set(description) ^ known)}); save it again")
+        raise InputError(
+            f"{path}: its description is damaged (fields {sorted(set(description) ^ known)}); save it again"
+        )
     for name in ("lora_layers", "class_names"):
         description[name] = tuple(description[name])
     return tensors, Spec(**description)
@@ -278,7 +324,10 @@ def guess_spec(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict:
     variant = next((name for name, v in VARIANTS.items() if v.width == width), None)
     pairs = sum(name.startswith("w_a_") for name in tensors)
     if variant is None or pairs != 2 * VARIANTS[variant].depth:
-        raise InputError(f"{path}: {pairs} LoRA pairs of width {width} fit no SAM variant with LoRA on q and v of all blocks")
+        raise InputError(
+            f"{path}: {pairs} LoRA pairs of width {width} fit no SAM variant with LoRA on q and v "
+            f"of all blocks"
+        )
     tokens = tensors.get("mask_decoder.mask_tokens.weight")
     system = "samed_s" if "sa_a_000" in tensors else "sam_lora" if tokens is None else "samed"
     return {
@@ -290,7 +339,9 @@ def guess_spec(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict:
     }
 
 
-def translate_adapter(sam: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
+def translate_adapter(
+    sam: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike
+) -> dict[str, Tensor]:
     """The tensors of a SAMed or plain LoRA file under the names of `sam`'s state dict, checked strictly.
 
     The file must hold all LoRA factors of `sam`; beyond them either nothing, or what SAMed saves: the whole
@@ -302,16 +353,24 @@ def translate_adapter(sam: nn.Module, tensors: dict[str, Tensor], path: str | os
         carried = [name for name in state if name.startswith(("prompt_encoder.", "mask_decoder."))]
         partial = "sa_a_000" in names
         expected |= {name: name for name in carried if not (partial and ".transformer." in name)}
-    _compare({n: t.shape for n, t in tensors.items()}, {n: state[full].shape for n, full in expected.items()},
-             f"{path}: does not fit this model", "give the rank, variant and class count it was trained with")
+    _compare(
+        {n: t.shape for n, t in tensors.items()},
+        {n: state[full].shape for n, full in expected.items()},
+        f"{path}: does not fit this model",
+        "give the rank, variant and class count it was trained with",
+    )
     return {full: tensors[name].float() for name, full in expected.items()}
 
 
 def load_trained(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
     """Copies an adapter's tensors into what trains in `model`. Raises InputError unless they fit exactly."""
     own = adapter_tensors(model)
-    _compare({n: t.shape for n, t in tensors.items()}, {n: t.shape for n, t in own.items()},
-             f"{path}: does not fit this model", "use the system, rank and classes it was trained with")
+    _compare(
+        {n: t.shape for n, t in tensors.items()},
+        {n: t.shape for n, t in own.items()},
+        f"{path}: does not fit this model",
+        "use the system, rank and classes it was trained with",
+    )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

@@ -37,26 +37,37 @@ def download(variant: str, folder: str | Path = "checkpoints", address: str = AD
             if answer.status != 206:  # the server sends the whole file
                 done = 0
             total = done + int(answer.headers.get("Content-Length", 0))
-            with open(part, "ab" if done else "wb") as file, tqdm(
-                total=total, initial=done, unit="B", unit_scale=True, desc=name
-            ) as bar:
+            with (
+                open(part, "ab" if done else "wb") as file,
+                tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=name) as bar,
+            ):
                 while chunk := answer.read(CHUNK):
                     file.write(chunk)
                     bar.update(len(chunk))
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: the part is complete already
-            raise InputError(f"{address + name}: the server answers {error.code} {error.reason}; try again later") from None
+            raise InputError(
+                f"{address + name}: the server answers {error.code} {error.reason}; try again later"
+            ) from None
     except OSError as error:
         reason = getattr(error, "reason", None) or error.strerror or error
-        raise InputError(f"{address + name}: download stopped ({reason}); run the same command again to continue") from None
+        raise InputError(
+            f"{address + name}: download stopped ({reason}); run the same command again to continue"
+        ) from None
     with open(part, "rb") as file:
         digest = hashlib.file_digest(file, "md5").hexdigest()
     promised = name.rsplit("_", 1)[1].split(".")[0]
     if not digest.startswith(promised):
         size = part.stat().st_size
         if size < total:
-            raise InputError(f"{part}: the connection broke at {size} of {total} bytes; run the same command again to continue")
+            raise InputError(
+                f"{part}: the connection broke at {size} of {total} bytes; run the same command "
+                f"again to continue"
+            )
         part.unlink()
-        raise InputError(f"{name}: the {size} bytes fetched have MD5 {digest[:6]}..., not {promised}...; deleted, run the command again")
+        raise InputError(
+            f"{name}: the {size} bytes fetched have MD5 {digest[:6]}..., not {promised}...; "
+            f"deleted, run the command again"
+        )
     part.rename(target)
     return target

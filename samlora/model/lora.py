@@ -51,7 +51,7 @@ class _Adapted(nn.Module):
 class LoRA_qkv(_Adapted):
     """The fused qkv Linear of an attention block with LoRA on q and v.
 
-    qkv: Linear d -> 3 d. linear_a_*: Linear d -> rank without bias. linear_b_*: Linear rank -> d without bias.
+    qkv: Linear d -> 3 d. linear_a_*: Linear d -> rank, linear_b_*: Linear rank -> d, both without bias.
     """
 
     def __init__(
@@ -117,11 +117,15 @@ def inject_encoder(encoder: nn.Module, rank: int, layers: Iterable[int] | None =
     if rank < 1:
         raise InputError(f"rank {rank} is not possible; give a rank of 1 or more")
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
-        raise InputError(f"lora layers {chosen} do not exist in an encoder of {depth} blocks; allowed: 0 to {depth - 1}")
+        raise InputError(
+            f"lora layers {chosen} do not exist in an encoder of {depth} blocks; allowed: 0 to {depth - 1}"
+        )
     for index in chosen:
         attention = encoder.blocks[index].attn
         if isinstance(attention.qkv, LoRA_qkv):
-            raise InputError("this encoder carries LoRA already; build a fresh model instead of injecting twice")
+            raise InputError(
+                "this encoder carries LoRA already; build a fresh model instead of injecting twice"
+            )
         q, v = (_factors(attention.qkv, attention.qkv.in_features, rank) for _ in "qv")
         attention.qkv = LoRA_qkv(attention.qkv, *q, *v)
     return chosen
@@ -162,7 +166,9 @@ def lora_names(sam: nn.Module) -> dict[str, str]:
             prefix = f"mask_decoder.transformer.layers.{index}.{attention}"
             for factor in "ab":
                 names[f"{abbreviation}_{factor}_{2 * index:03d}"] = f"{prefix}.q_proj.linear_{factor}.weight"
-                names[f"{abbreviation}_{factor}_{2 * index + 1:03d}"] = f"{prefix}.v_proj.linear_{factor}.weight"
+                names[f"{abbreviation}_{factor}_{2 * index + 1:03d}"] = (
+                    f"{prefix}.v_proj.linear_{factor}.weight"
+                )
     final = "mask_decoder.transformer.final_attn_token_to_image"
     for projection in "qv":
         for factor in "ab":
@@ -171,7 +177,7 @@ def lora_names(sam: nn.Module) -> dict[str, str]:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Adds every LoRA product to its weight, so that the forward pass costs what the base costs; returns the model."""
+    """Adds every LoRA product to its weight: a forward pass then costs what the base costs; returns the model."""
     for module in model.modules():
         if isinstance(module, _Adapted):
             module.merge()

@@ -38,7 +38,11 @@ class System:
 _ENCODER_LORA = "image_encoder.*.linear_[ab]_[qv].weight"
 # A forward pass without prompts touches nothing of the prompt encoder but no_mask_embed, and the loss does
 # not see the IoU head. SAMed marks those 21 tensors trainable all the same; under DDP they would hang.
-_SEMANTIC_DECODER = ("prompt_encoder.no_mask_embed.weight", "mask_decoder.*", "!mask_decoder.iou_prediction_head.*")
+_SEMANTIC_DECODER = (
+    "prompt_encoder.no_mask_embed.weight",
+    "mask_decoder.*",
+    "!mask_decoder.iou_prediction_head.*",
+)
 
 SYSTEMS = {
     "samed": System(
@@ -89,7 +93,9 @@ def named_system(system: str | None, module: str | None) -> str | None:
         raise InputError(f"--module {module} is unknown; allowed: {', '.join(by_module)}")
     named = by_module.get(module, module)
     if system is not None and system != named:
-        raise InputError(f"--module {module} means the system {named}, but --system {system} was given; leave one out")
+        raise InputError(
+            f"--module {module} means the system {named}, but --system {system} was given; leave one out"
+        )
     return named
 
 
@@ -136,10 +142,18 @@ def build_model(
     """
     row = system_row(system)
     if num_classes < 1:
-        raise InputError(f"num_classes {num_classes} is not possible; it counts foreground classes: give 1 or more")
-    names = tuple(class_names) if class_names is not None else tuple(f"class_{i}" for i in range(1, num_classes + 1))
+        raise InputError(
+            f"num_classes {num_classes} is not possible; it counts foreground classes: give 1 or more"
+        )
+    names = (
+        tuple(class_names)
+        if class_names is not None
+        else tuple(f"class_{i}" for i in range(1, num_classes + 1))
+    )
     if len(names) != num_classes:
-        raise InputError(f"{len(names)} class names for num_classes {num_classes}; give one name per foreground class")
+        raise InputError(
+            f"{len(names)} class names for num_classes {num_classes}; give one name per foreground class"
+        )
     num_masks = num_classes + 1 if row.semantic else None
     sam, base_name, digest = _base(base, variant, row, image_size, num_masks)
     layers = inject_encoder(sam.image_encoder, rank, lora_layers)
@@ -163,7 +177,11 @@ def build_model(
 
 
 def _base(
-    base: str | os.PathLike | None, variant: str | None, row: System, image_size: int | None, num_masks: int | None
+    base: str | os.PathLike | None,
+    variant: str | None,
+    row: System,
+    image_size: int | None,
+    num_masks: int | None,
 ) -> tuple[Sam, str, str | None]:
     """The SAM, the name of its base and the SHA-256 of the base's file."""
     if base == "default":
@@ -175,7 +193,10 @@ def _base(
     if base is None:
         # The seed is drawn from torch's generator and kept in the adapter, so that it can be rebuilt.
         seed = int(torch.randint(2**31 - 1, ()))
-        warnings.warn(f"base=None: {variant} starts from random weights (seed {seed}), not from a trained SAM", stacklevel=3)
+        warnings.warn(
+            f"base=None: {variant} starts from random weights (seed {seed}), not from a trained SAM",
+            stacklevel=3,
+        )
     else:
         seed = int(str(base).removeprefix("random:"))
     with torch.random.fork_rng(devices=[]):
@@ -217,7 +238,9 @@ def load_model(
         if spec is None:
             return _load_foreign(tensors, adapter, base, image_size).eval()
         if spec.base.startswith("random:") and base != "default":
-            raise InputError(f"{adapter}: was trained on random weights ({spec.base}), not on {base}; leave the base out")
+            raise InputError(
+                f"{adapter}: was trained on random weights ({spec.base}), not on {base}; leave the base out"
+            )
         model = build_model(
             system=spec.system,
             base=spec.base if spec.base.startswith("random:") else base,
@@ -231,17 +254,19 @@ def load_model(
         )
     if model.spec.base_sha256 != spec.base_sha256:
         raise InputError(
-            f"{adapter}: was trained on the base {spec.base} (SHA-256 {spec.base_sha256[:12]}...), but {model.spec.base} "
+            f"{adapter}: was trained on the base {spec.base} (SHA-256 {spec.base_sha256[:12]}...), "
+            f"but {model.spec.base} "
             f"has {model.spec.base_sha256[:12]}...; give that base with --ckpt"
         )
     checkpoint.load_trained(model, tensors, adapter)
     return model.eval()
 
 
-def _load_foreign(tensors: dict, adapter: str | os.PathLike, base: str | os.PathLike, image_size: int | None) -> Sam:
+def _load_foreign(
+    tensors: dict, adapter: str | os.PathLike, base: str | os.PathLike, image_size: int | None
+) -> Sam:
     guess = checkpoint.guess_spec(tensors, adapter)
     guess["num_classes"] = guess["num_classes"] or STOCK_MASKS - 1
     model = build_model(base=base, image_size=image_size, **guess)
     model.load_state_dict(checkpoint.translate_adapter(model, tensors, adapter), strict=False)
     return model
-

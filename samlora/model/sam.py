@@ -30,7 +30,7 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True)
 class Variant:
-    """Size of an image encoder: channels, blocks, heads, the blocks with global attention, usual image side."""
+    """Size of an image encoder: channels, blocks, heads, blocks with global attention, usual image side."""
 
     width: int
     depth: int
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         return self.proj(out)
 
     def _relative(self, q: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-        """Products of every query with the tables of its row and column: (n, heads, rows, cols, rows | cols)."""
+        """Products of each query with the tables of its row and column: (n, heads, rows, cols, rows | cols)."""
         grid = q.unflatten(2, (rows, cols))
         rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid, _table(self.rel_pos_h, rows).to(q.dtype))
         rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid, _table(self.rel_pos_w, cols).to(q.dtype))
@@ -196,7 +196,12 @@ class MaskDecoder(StockMaskDecoder):
     """SAM's mask decoder for prompts of many images at once; returns every mask token's mask."""
 
     def forward(
-        self, embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor, image_index: Tensor | None = None
+        self,
+        embeddings: Tensor,
+        image_pe: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+        image_index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predicts one mask per mask token for each of P prompts.
 
@@ -262,7 +267,8 @@ class Sam(nn.Module):
         side = self.image_size
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
             raise InputError(
-                f"images of shape {tuple(images.shape)} do not fit this model, which takes (batch, 3, {side}, {side}); "
+                f"images of shape {tuple(images.shape)} do not fit this model, which takes (batch, "
+                f"3, {side}, {side}); "
                 f"resize them or build the model with another image_size"
             )
         sparse, dense = self.embed_prompts(prompts, images.shape[0])
@@ -287,12 +293,20 @@ def build_sam(variant: str, image_size: int | None = None, num_masks: int = STOC
         raise InputError(f"unknown SAM variant {variant!r}; known: {', '.join(VARIANTS)}")
     image_size = VARIANTS[variant].image_size if image_size is None else image_size
     if image_size < PATCH or image_size % PATCH:
-        raise InputError(f"image size {image_size} is not a multiple of {PATCH}; try {max(1, round(image_size / PATCH)) * PATCH}")
+        raise InputError(
+            f"image size {image_size} is not a multiple of {PATCH}; try "
+            f"{max(1, round(image_size / PATCH)) * PATCH}"
+        )
     return Sam(variant, image_size, num_masks)
 
 
 @functools.cache
-def state_shapes(variant: str, image_size: int | None = None, num_masks: int = STOCK_MASKS) -> dict[str, torch.Size]:
+def state_shapes(
+    variant: str, image_size: int | None = None, num_masks: int = STOCK_MASKS
+) -> dict[str, torch.Size]:
     """Name -> shape of every entry of the state dict, without allocating any weight."""
     with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in build_sam(variant, image_size, num_masks).state_dict().items()}
+        return {
+            name: tensor.shape
+            for name, tensor in build_sam(variant, image_size, num_masks).state_dict().items()
+        }

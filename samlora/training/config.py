@@ -11,36 +11,62 @@ from samlora.options import option
 class TrainConfig:
     """All of a training run. Lengths in pixels, times in epochs or optimizer steps, as the help texts say."""
 
-    root_path: str | None = option(None, "folder of prepared data: holds train_npz/, or the .npz slices themselves")
+    root_path: str | None = option(
+        None, "folder of prepared data: holds train_npz/, or the .npz slices themselves"
+    )
     output: str = option("runs", "folder for run folders")
     dataset: str = option("Synapse", "name of the data in the run folder's name")
     list_dir: str | None = option(None, "folder with train.txt, the slices to use; without it all of them")
-    num_classes: int | None = option(None, "foreground classes (default: what the data's recipe says, else 8)")
+    num_classes: int | None = option(
+        None, "foreground classes (default: what the data's recipe says, else 8)"
+    )
     max_iterations: int | None = option(None, "stop after this many optimizer steps, whatever the epochs say")
     max_epochs: int = option(200, "epochs over which the learning rate decays")
     stop_epoch: int = option(160, "epoch after which training stops")
     batch_size: int = option(12, "slices per device and forward pass")
-    accumulate: int = option(1, "batches per optimizer step; 2 on one GPU gives SAMed's effective batch of 24")
+    accumulate: int = option(
+        1, "batches per optimizer step; 2 on one GPU gives SAMed's effective batch of 24"
+    )
     n_gpu: int = option(1, "GPUs (or, with --strategy ddp --device cpu, processes) on this machine")
     num_nodes: int = option(1, "machines, with --strategy ddp")
-    strategy: str = option("auto", "how devices share the work: dp in one process, ddp in one process each; auto is dp for n_gpu > 1", ("auto", "dp", "ddp"))
+    strategy: str = option(
+        "auto",
+        "how devices share the work: dp in one process, ddp in one process each; auto is dp for n_gpu > 1",
+        ("auto", "dp", "ddp"),
+    )
     deterministic: int = option(1, "1: same seed, same result on the same machine; 0: let cuDNN choose")
     base_lr: float = option(0.005, "highest learning rate")
     img_size: int | None = option(None, "side of the model's input (default 512; vit_ti 256)")
     seed: int = option(1234, "seed of everything random")
     system: str | None = option(None, "what is adapted: samed, samed_s or samed_h (default samed)")
-    module: str | None = option(None, "SAMed's name for the system: sam_lora_image_encoder or sam_lora_image_encoder_mask_decoder")
-    vit_name: str | None = option(None, "vit_ti, vit_b, vit_l or vit_h (default: what --ckpt holds, else the system's)")
-    ckpt: str | None = option(None, "base weights (default: checkpoints/ file of vit_name), or random for none")
+    module: str | None = option(
+        None, "SAMed's name for the system: sam_lora_image_encoder or sam_lora_image_encoder_mask_decoder"
+    )
+    vit_name: str | None = option(
+        None, "vit_ti, vit_b, vit_l or vit_h (default: what --ckpt holds, else the system's)"
+    )
+    ckpt: str | None = option(
+        None, "base weights (default: checkpoints/ file of vit_name), or random for none"
+    )
     lora_ckpt: str | None = option(None, "adapter whose weights a new run starts from")
     rank: int = option(4, "rank of the LoRA pairs")
     lora_layers: tuple[int, ...] = option((), "encoder blocks that get LoRA, counted from 0 (default: all)")
-    optimizer: str = option("adamw", "adamw (betas 0.9, 0.999, weight decay 0.1) or sgd (momentum 0.9, weight decay 1e-4)", ("adamw", "sgd"))
-    warmup: bool = option(True, "raise the learning rate linearly at the start; without it masks easily stay empty")
+    optimizer: str = option(
+        "adamw",
+        "adamw (betas 0.9, 0.999, weight decay 0.1) or sgd (momentum 0.9, weight decay 1e-4)",
+        ("adamw", "sgd"),
+    )
+    warmup: bool = option(
+        True, "raise the learning rate linearly at the start; without it masks easily stay empty"
+    )
     warmup_period: int = option(250, "optimizer steps of warm-up")
     lr_exp: float = option(0.9, "exponent of the decay; SAMed_h uses 7")
     dice_param: float = option(0.8, "weight of the Dice loss; cross-entropy gets the rest")
-    precision: str = option("fp32", "number format of the forward pass; auto is bf16 where the device is fast at it", ("fp32", "bf16", "fp16", "auto"))
+    precision: str = option(
+        "fp32",
+        "number format of the forward pass; auto is bf16 where the device is fast at it",
+        ("fp32", "bf16", "fp16", "auto"),
+    )
     use_amp: bool = option(False, "SAMed_h's name for half precision: fp16 on a GPU, bf16 elsewhere")
     tf32: bool = option(False, "let a GPU multiply float32 in TF32")
     compile: bool = option(False, "torch.compile the model")
@@ -49,11 +75,23 @@ class TrainConfig:
     val_fraction: float = option(0.0, "share of the cases kept for validation, if no --val_cases")
     val_interval: int = option(1, "epochs between validations")
     save_interval: int = option(20, "epochs between the adapters that are kept as epoch_N.safetensors")
-    num_workers: int | None = option(None, "processes that read slices (default: 0 on the CPU, up to 8 for a GPU)")
+    num_workers: int | None = option(
+        None, "processes that read slices (default: 0 on the CPU, up to 8 for a GPU)"
+    )
     resume: bool = option(False, "continue the run these options name, from its last saved state")
 
     def __post_init__(self) -> None:
-        for name in ("max_epochs", "stop_epoch", "batch_size", "accumulate", "n_gpu", "num_nodes", "rank", "val_interval", "save_interval"):
+        for name in (
+            "max_epochs",
+            "stop_epoch",
+            "batch_size",
+            "accumulate",
+            "n_gpu",
+            "num_nodes",
+            "rank",
+            "val_interval",
+            "save_interval",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} is not possible; give 1 or more")
         for name in ("max_iterations", "num_classes"):
@@ -69,5 +107,7 @@ class TrainConfig:
 
     def run_folder(self, system: str, variant: str, image_size: int) -> Path:
         """Where the run goes: named as SAMed names it, from the options that tell runs apart."""
-        name = f"{self.dataset}_{image_size}_{system}_{variant}_epo{self.max_epochs}_bs{self.batch_size * self.accumulate}_lr{self.base_lr:g}"
-        return Path(self.output) / (name + (f"_s{self.seed}" if self.seed != 1234 else ""))
+        batch = self.batch_size * self.accumulate
+        name = f"{self.dataset}_{image_size}_{system}_{variant}_epo{self.max_epochs}_bs{batch}"
+        name += f"_lr{self.base_lr:g}" + (f"_s{self.seed}" if self.seed != 1234 else "")
+        return Path(self.output) / name

@@ -1,4 +1,4 @@
-"""Training, from files to an adapter: `files -> dataset -> batch -> model -> loss -> optimizer -> adapter file`."""
+"""Training: `files -> dataset -> batch -> model -> loss -> optimizer -> adapter file`."""
 
 import time
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from samlora.data.augment import make_batch
-from samlora.data.dataset import Batches, Sample, SliceDataset, fingerprint
+from samlora.data.dataset import Batches, Sample, SliceDataset, fingerprint, read_geometry
+from samlora.data.grid import Case
 from samlora.data.volume import read_slice
-from samlora.device import device_name, peak_memory
+from samlora.device import DTYPES, device_name, peak_memory
 from samlora.errors import InputError
 from samlora.evaluation.metrics import evaluate, summarise
 from samlora.evaluation.report import contact_sheet, curves
@@ -55,7 +56,13 @@ def train(config: TrainConfig) -> Path:
     plan = Plan.of(config, fabric, len(data.train))
     step, best, elapsed = restore(config, run, model, optimizer)
     batches = Batches(
-        len(data.train), plan.batch_size, config.max_epochs, config.seed, plan.batches_before(step), plan.rank, plan.ranks
+        len(data.train),
+        plan.batch_size,
+        config.max_epochs,
+        config.seed,
+        plan.batches_before(step),
+        plan.rank,
+        plan.ranks,
     )
     loader = iter(make_loader(config, SliceDataset(data.train, config.seed), batches, fabric.device))
     run.open_metrics(step)
@@ -64,7 +71,9 @@ def train(config: TrainConfig) -> Path:
     began = saved = time.monotonic()
     while step < plan.last_step:
         epoch = step // plan.steps_per_epoch
-        lr = learning_rate(step, config.base_lr, plan.horizon, config.warmup_period * config.warmup, config.lr_exp)
+        lr = learning_rate(
+            step, config.base_lr, plan.horizon, config.warmup_period * config.warmup, config.lr_exp
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
         samples = [next(loader) for _ in range(plan.batches_of(step))]
@@ -76,9 +85,10 @@ def train(config: TrainConfig) -> Path:
 
         ended = step == plan.last_step
         if step % plan.steps_per_epoch == 0 or ended:
-            if data.val and ((epoch + 1) % config.val_interval == 0 or ended):
-                row["val_dice"] = validate(wrapped, data, spec, fabric.device, config.batch_size, run)
-                if not row["val_dice"] <= best:  # also where best is NaN, before the first validation
+            # Only the first process validates and writes; the others wait for it in the next step.
+            if data.val and run.writes and ((epoch + 1) % config.val_interval == 0 or ended):
+                row["val_dice"] = validate(model, data, fabric.device, DTYPES[precision], run)
+                if np.isnan(best) or row["val_dice"] > best:
                     best = row["val_dice"]
                     save(run, model, "adapter_best")
             if (epoch + 1) % config.save_interval == 0 or ended:
@@ -98,20 +108,31 @@ def train(config: TrainConfig) -> Path:
         run.record(**row)
     bar.close()
     elapsed += time.monotonic() - began
-    run.describe(facts | {"steps": step, "seconds": round(elapsed, 1), "peak_memory_bytes": peak_memory(fabric.device)})
-    if fabric.is_global_zero:
-        draw(run, wrapped, data, spec, fabric.device, step)
+    run.describe(
+        facts | {"steps": step, "seconds": round(elapsed, 1), "peak_memory_bytes": peak_memory(fabric.device)}
+    )
+    if run.writes:
+        draw(run, config, model, data, fabric.device, DTYPES[precision], step)
     best_or_last = run.folder / f"{'adapter_last' if np.isnan(best) else 'adapter_best'}.safetensors"
-    run.say(f"{step} steps in {elapsed:.0f} s" + ("" if np.isnan(best) else f", best validation Dice {best:.4f}"))
+    run.say(
+        f"{step} steps in {elapsed:.0f} s" + ("" if np.isnan(best) else f", best validation Dice {best:.4f}")
+    )
     run.say(f"adapter: {best_or_last}")
     base = "" if config.ckpt in (None, "random") else f" --ckpt {config.ckpt}"
-    run.say(f"next: python test.py --volume_path {config.root_path} --lora_ckpt {best_or_last}{base} --is_savenii")
+    run.say(
+        f"next: python test.py --volume_path {config.root_path} --lora_ckpt {best_or_last}{base} --is_savenii"
+    )
     run.close()
     return run.folder
 
 
 def optimizer_step(
-    fabric, model: nn.Module, optimizer: torch.optim.Optimizer, samples: Sequence[Sequence[Sample]], image_size: int, dice_weight: float
+    fabric,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    samples: Sequence[Sequence[Sample]],
+    image_size: int,
+    dice_weight: float,
 ) -> list[float]:
     """One step of the optimizer over one or more batches; returns (loss, cross-entropy, Dice loss).
 
@@ -129,7 +150,10 @@ def optimizer_step(
             losses = dice_ce(model(images), labels, dice_weight)
             if not torch.isfinite(losses[0]):
                 names = ", ".join(s.name for s in batch)
-                raise InputError(f"the loss is {losses[0].item()} on the samples {names}; look at them, or lower --base_lr or use --warmup")
+                raise InputError(
+                    f"the loss is {losses[0].item()} on the samples {names}; look at them, or lower "
+                    f"--base_lr or use --warmup"
+                )
             fabric.backward(losses[0] * (len(batch) / count))
         sums += torch.stack([loss.detach() for loss in losses]) * (len(batch) / count)
     optimizer.step()
@@ -137,20 +161,27 @@ def optimizer_step(
     return sums.tolist()
 
 
-def announce(run: Run, config: TrainConfig, data: Data, model: nn.Module, plan: Plan, step: int, device, precision: str) -> dict:
+def announce(
+    run: Run, config: TrainConfig, data: Data, model: nn.Module, plan: Plan, step: int, device, precision: str
+) -> dict:
     """Says what is about to happen; returns the facts for run.json."""
     spec: Spec = model.spec
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     cases, val_cases = ({s.case for s in part} for part in (data.train, data.val))
-    run.say(f"{spec.system} on {spec.variant}, base {spec.base}, {spec.image_size} px, {spec.num_classes} classes: {', '.join(spec.class_names)}")
+    run.say(
+        f"{spec.system} on {spec.variant}, base {spec.base}, {spec.image_size} px, "
+        f"{spec.num_classes} classes: {', '.join(spec.class_names)}"
+    )
     run.say(f"trains {trained:,} of {total:,} parameters")
     run.say(
-        f"{len(data.train)} slices of {len(cases)} cases, {len(data.val)} slices of {len(val_cases)} for validation"
+        f"{len(data.train)} slices of {len(cases)} cases, {len(data.val)} slices of "
+        f"{len(val_cases)} for validation"
         + ("" if data.val else " (none: no best adapter is chosen; see --val_fraction)")
     )
     run.say(
-        f"effective batch {plan.effective_batch}, {plan.steps_per_epoch} steps per epoch, {plan.last_step} steps, "
+        f"effective batch {plan.effective_batch}, {plan.steps_per_epoch} steps per epoch, "
+        f"{plan.last_step} steps, "
         f"device {device_name(device)}, {precision}"
     )
     run.say(f"run folder {run.folder}" + (f", continued at step {step}" if step else ""))
@@ -174,25 +205,29 @@ def announce(run: Run, config: TrainConfig, data: Data, model: nn.Module, plan: 
 def progress_bar(total: int, done: int, visible: bool):
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=done, desc="training", unit="step", dynamic_ncols=True, disable=not visible)
+    return tqdm(
+        total=total, initial=done, desc="training", unit="step", dynamic_ncols=True, disable=not visible
+    )
 
 
-def validate(model: nn.Module, data: Data, spec: Spec, device: torch.device, batch_size: int, run: Run) -> float:
+def validate(model: nn.Module, data: Data, device: torch.device, dtype: torch.dtype, run: Run) -> float:
     """Mean Dice over the classes and cases of the validation slices, in their own pixels."""
-    model.eval()
+    spec: Spec = model.spec
     labels = range(1, spec.num_classes + 1)
     found, cases = set(), {}
     for case, items in groupby(sorted(data.val, key=lambda s: s.name), key=lambda s: s.case):
         images, truths = zip(*(read_slice(item.path) for item in items))
         truth = np.stack(truths)
-        prediction = predict_slices(model, np.stack(images), spec.image_size, batch_size=batch_size, device=device)
+        prediction = predict_slices(model, np.stack(images), spec.image_size, device=device, precision=dtype)
         found.update(np.unique(prediction).tolist())
         cases[case] = evaluate(prediction, truth, (1, 1, 1), labels, distances=False)
-    model.train()
     summary = summarise(cases)
     for label in labels:
         if label not in found and summary["classes"][label]["dice"]["n"]:
-            run.say(f"warning: {spec.class_names[label - 1]} (label {label}) is in the validation cases but not predicted anywhere")
+            run.say(
+                f"warning: {spec.class_names[label - 1]} (label {label}) is in the validation cases "
+                f"but not predicted anywhere"
+            )
     return summary["overall"]["dice"]["mean"]
 
 
@@ -201,14 +236,22 @@ def save(run: Run, model: nn.Module, name: str) -> None:
         save_adapter(model, run.folder / f"{name}.safetensors")
 
 
-def draw(run: Run, model: nn.Module, data: Data, spec: Spec, device: torch.device, step: int) -> None:
-    """Writes curves.png and preview.png: predictions on validation slices (training slices if there are none)."""
+def draw(
+    run: Run,
+    config: TrainConfig,
+    model: nn.Module,
+    data: Data,
+    device: torch.device,
+    dtype: torch.dtype,
+    step: int,
+) -> None:
+    """Writes curves.png and preview.png: predictions on validation slices, else on training slices."""
     curves(run.folder / "metrics.csv", run.folder / "curves.png")
     slices = data.val or data.train
     first = [s for s in slices if s.case == slices[0].case]
     images, truths = (np.stack(arrays) for arrays in zip(*(read_slice(item.path) for item in first)))
-    model.eval()
-    prediction = predict_slices(model, images, spec.image_size, device=device)
-    path = run.folder / "preview.png"
-    contact_sheet(images, truths, prediction, path, dict(enumerate(spec.class_names, start=1)))
+    prediction = predict_slices(model, images, model.spec.image_size, device=device, precision=dtype)
+    path, names = run.folder / "preview.png", dict(enumerate(model.spec.class_names, start=1))
+    case = Case(images, truths, read_geometry(config.root_path, slices[0].case))
+    contact_sheet(images, truths, prediction, path, names, **case.display)
     run.add_image(path, step)

@@ -25,4 +25,3 @@ def dice_ce(logits: Tensor, labels: Tensor, dice_weight: float = 0.8) -> tuple[T
     ce = F.cross_entropy(logits.float(), labels)
     dice = dice_loss(logits, labels)
     return (1 - dice_weight) * ce + dice_weight * dice, ce, dice
-

@@ -36,7 +36,9 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             self._log = open(folder / "log.txt", "a", encoding="utf-8")
         except OSError as error:
-            raise InputError(f"--output {config.output}: cannot write {folder} ({error.strerror}); choose another folder") from None
+            raise InputError(
+                f"--output {config.output}: cannot write {folder} ({error.strerror}); choose another folder"
+            ) from None
         write_yaml(folder / "config.yaml", config)
 
     def say(self, line: str) -> None:
@@ -49,7 +51,7 @@ class Run:
             self._log.flush()
 
     def open_metrics(self, step: int) -> None:
-        """Opens metrics.csv and TensorBoard for rows from `step` on; later rows of a former life are dropped."""
+        """Opens metrics.csv and TensorBoard for rows from `step` on; rows of a former life after it are dropped."""
         if not self.writes:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -95,17 +97,18 @@ class Run:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0][:120]}); delete it to start over") from None
+            raise InputError(
+                f"{path}: cannot be read ({str(error).splitlines()[0][:120]}); delete it to start over"
+            ) from None
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Writes run.json: the facts given and the versions, machine and commit."""
         if not self.writes:
             return
-        versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
         everything = dict(facts) | {
-            "versions": versions,
+            "versions": versions(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "commit": _commit(),
+            "commit": commit(),
         }
         with whole(self.folder / "run.json") as temporary:
             temporary.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
@@ -116,6 +119,11 @@ class Run:
                 file.close()
 
 
+def versions() -> dict[str, str | None]:
+    """Version of every package that figures depend on, and of Python."""
+    return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
@@ -123,13 +131,17 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the source tree samlora runs from, with + where files were changed; None outside git."""
     here = Path(__file__).resolve().parent
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=False,
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,4 +1,4 @@
-"""Everything before the first step of training: engine, data, model, optimizer, plan, and what a resumed run knew."""
+"""Everything before the first step of training: engine, data, model, optimizer, plan, resumed state."""
 
 import os
 from dataclasses import asdict, dataclass, replace
@@ -8,7 +8,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from samlora.data.dataset import Batches, Sample, SliceDataset, SliceFile, check_labels, data_folder, find_slices, split_cases
+from samlora.data.dataset import (
+    Batches,
+    Sample,
+    SliceDataset,
+    SliceFile,
+    check_labels,
+    data_folder,
+    find_slices,
+    split_cases,
+)
 from samlora.data.recipe import Recipe
 from samlora.device import pick_device, pick_precision
 from samlora.errors import InputError
@@ -29,13 +38,22 @@ def make_fabric(config: TrainConfig):
 
     device = pick_device(config.device)
     if device.type == "cuda" and config.n_gpu > torch.cuda.device_count():
-        raise InputError(f"--n_gpu {config.n_gpu}: there are {torch.cuda.device_count()} GPUs here; give that many or fewer")
+        raise InputError(
+            f"--n_gpu {config.n_gpu}: there are {torch.cuda.device_count()} GPUs here; give that "
+            f"many or fewer"
+        )
     strategy = config.strategy
     if config.n_gpu > 1 and strategy == "auto":
         strategy = "dp"
     if strategy == "dp" and device.type != "cuda":
-        raise InputError(f"--n_gpu {config.n_gpu}: data parallelism in one process needs GPUs; use --strategy ddp on {device.type}")
-    precision = pick_precision("fp16" if config.use_amp and device.type != "cpu" else "bf16" if config.use_amp else config.precision, device)
+        raise InputError(
+            f"--n_gpu {config.n_gpu}: data parallelism in one process needs GPUs; use --strategy "
+            f"ddp on {device.type}"
+        )
+    precision = pick_precision(
+        "fp16" if config.use_amp and device.type != "cpu" else "bf16" if config.use_amp else config.precision,
+        device,
+    )
     torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS sums in one order only with this
@@ -43,7 +61,11 @@ def make_fabric(config: TrainConfig):
     if config.tf32:
         torch.set_float32_matmul_precision("high")
     fabric = Fabric(
-        accelerator=device.type, devices=config.n_gpu, num_nodes=config.num_nodes, strategy=strategy, precision=FABRIC_PRECISION[precision]
+        accelerator=device.type,
+        devices=config.n_gpu,
+        num_nodes=config.num_nodes,
+        strategy=strategy,
+        precision=FABRIC_PRECISION[precision],
     )
     fabric.launch()
     return fabric, precision
@@ -67,12 +89,17 @@ class Data:
 def load_data(config: TrainConfig) -> Data:
     """Finds, splits and checks the slices. Raises InputError naming the file or flag that is wrong."""
     if config.root_path is None:
-        raise InputError("--root_path is missing; give the folder of prepared data (samlora prepare makes one)")
+        raise InputError(
+            "--root_path is missing; give the folder of prepared data (samlora prepare makes one)"
+        )
     slices = find_slices(config.root_path, config.list_dir)
     recipe = _recipe(config)
     known = None if recipe is None else recipe.num_classes
     if config.num_classes and known and config.num_classes != known:
-        raise InputError(f"--num_classes {config.num_classes}: the data in {config.root_path} has {known} classes ({', '.join(recipe.classes)}); leave the flag out")
+        raise InputError(
+            f"--num_classes {config.num_classes}: the data in {config.root_path} has {known} "
+            f"classes ({', '.join(recipe.classes)}); leave the flag out"
+        )
     num_classes = config.num_classes or known or 8
     train, val = split_cases(slices, config.val_cases, config.val_fraction, config.seed)
     pixels = check_labels(train, num_classes)
@@ -95,7 +122,10 @@ def load_system(config: TrainConfig, data: Data) -> nn.Module:
     """Builds the system on its base, and gives it the weights of --lora_ckpt if there is one."""
     system = named_system(config.system, config.module) or "samed"
     if not system_row(system).semantic:
-        raise InputError(f"--system {system} learns from prompts, train.py from label maps; choose one of {', '.join(n for n, r in SYSTEMS.items() if r.semantic)}")
+        raise InputError(
+            f"--system {system} learns from prompts, train.py from label maps; choose one of "
+            f"{', '.join(n for n, r in SYSTEMS.items() if r.semantic)}"
+        )
     if config.vit_name is not None and config.vit_name not in VARIANTS:
         raise InputError(f"--vit_name {config.vit_name} is unknown; allowed: {', '.join(VARIANTS)}")
     if config.ckpt == "random" and config.vit_name is None:
@@ -125,7 +155,9 @@ def start_from(model: nn.Module, adapter: str) -> None:
     for name in ("system", "variant", "rank", "lora_layers", "num_classes", "base_sha256"):
         ours, theirs = getattr(model.spec, name), getattr(spec, name)
         if ours != theirs:
-            raise InputError(f"--lora_ckpt {adapter}: its {name} is {theirs}, this run's is {ours}; make them equal")
+            raise InputError(
+                f"--lora_ckpt {adapter}: its {name} is {theirs}, this run's is {ours}; make them equal"
+            )
     checkpoint.load_trained(model, tensors, adapter)
 
 
@@ -134,7 +166,9 @@ def make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) 
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.base_lr, momentum=0.9, weight_decay=1e-4)
-    return torch.optim.AdamW(parameters, lr=config.base_lr, betas=(0.9, 0.999), weight_decay=0.1, fused=device.type == "cuda")
+    return torch.optim.AdamW(
+        parameters, lr=config.base_lr, betas=(0.9, 0.999), weight_decay=0.1, fused=device.type == "cuda"
+    )
 
 
 @dataclass(frozen=True)
@@ -158,7 +192,15 @@ class Plan:
         steps = -(-per_epoch // config.accumulate)
         last = min(config.stop_epoch, config.max_epochs) * steps
         last = min(last, config.max_iterations or last)
-        return cls(batch_size, config.accumulate, per_epoch, last, config.max_epochs * steps, fabric.global_rank, fabric.world_size)
+        return cls(
+            batch_size,
+            config.accumulate,
+            per_epoch,
+            last,
+            config.max_epochs * steps,
+            fabric.global_rank,
+            fabric.world_size,
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -183,7 +225,9 @@ def make_loader(config: TrainConfig, dataset: SliceDataset, batches: Batches, de
     workers = config.num_workers
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_list)
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_list
+    )
 
 
 def _as_list(samples: list[Sample]) -> list[Sample]:
@@ -191,7 +235,7 @@ def _as_list(samples: list[Sample]) -> list[Sample]:
 
 
 def open_run(config: TrainConfig, spec: Spec, fabric) -> Run:
-    """The run folder, new or resumed. Raises InputError, in every process, rather than overwrite another run."""
+    """The run folder, new or resumed; InputError, in every process, rather than overwrite another run."""
     folder = config.run_folder(spec.system, spec.variant, spec.image_size)
     # The first process looks and tells the others: once it has begun to write, they would find a run.
     problem = fabric.broadcast(_run_problem(config, folder) if fabric.is_global_zero else None)
@@ -211,16 +255,31 @@ def _run_problem(config: TrainConfig, folder: Path) -> str | None:
     changed = next((name for name in ours if ours[name] != theirs[name]), None)
     if changed is None:
         return None
-    return f"--{changed} {ours[changed]}: the run in {folder} began with {theirs[changed]}; resume it with its own options"
+    return (
+        f"--{changed} {ours[changed]}: the run in {folder} began with {theirs[changed]}; "
+        f"resume it with its own options"
+    )
 
 
 def _comparable(config: TrainConfig) -> TrainConfig:
     """The options that must not change between a run and its continuation."""
-    free = dict(resume=False, stop_epoch=1, max_iterations=None, num_workers=None, save_interval=1, val_interval=1, output="")
-    return replace(config, **free, root_path=None if config.root_path is None else str(Path(config.root_path)))
+    free = dict(
+        resume=False,
+        stop_epoch=1,
+        max_iterations=None,
+        num_workers=None,
+        save_interval=1,
+        val_interval=1,
+        output="",
+    )
+    return replace(
+        config, **free, root_path=None if config.root_path is None else str(Path(config.root_path))
+    )
 
 
-def restore(config: TrainConfig, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float, float]:
+def restore(
+    config: TrainConfig, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, float, float]:
     """(next step, best validation Dice or NaN, seconds so far) of a resumed run; (0, NaN, 0) of a new one."""
     if not config.resume:
         return 0, float("nan"), 0.0

@@ -1,10 +1,10 @@
 """Pretrains the `vit_ti` demo base on procedurally drawn images only; nothing is read but this script.
 
-Two kinds of scenes, drawn anew for every batch. "Worlds": sixteen random arrangements of organ-like shapes in a
-body, fixed by the seed, deformed and recoloured from image to image, whose eight organs have to be named.
-"Tissues": random shapes over Voronoi cells, whose texture has to be named. Each step asks for masks of objects
-prompted by points and boxes (SAM's task) and for the names (SAMed's task, through SAM's own mask decoder, whose
-extra tokens are thrown away afterwards).
+Two kinds of scenes, drawn anew for every batch. "Worlds": sixteen random arrangements of organ-like shapes
+in a body, fixed by the seed, deformed and recoloured from image to image, whose eight organs have to be
+named. "Tissues": random shapes over Voronoi cells, whose texture has to be named. Each step asks for masks
+of objects prompted by points and boxes (SAM's task) and for the names (SAMed's task, through SAM's own mask
+decoder, with tokens that are thrown away afterwards).
 
     python checkpoints/pretrain_demo.py --minutes 60 --output checkpoints/sam_vit_ti_demo.safetensors
 """
@@ -166,20 +166,22 @@ def textures(batch: int, size: int) -> Tensor:
     grain = torch.randn(batch, 1, size, size)
     middle, coarse = clouds(batch, 2, size // 4, size), clouds(batch, 2, size // 10, size)
     turn, pitch = between(0, 3.14, 2, batch, 1, 1), between(20, 60, 2, batch, 1, 1) * (size / 256)
+    pitch = pitch * torch.tensor([1.6, 0.7]).view(2, 1, 1, 1)
     wave = [((t.cos() * axis + t.sin() * axis[:, None]) * p + 0.8 * coarse[:, i]).sin() * 1.3
-            for i, (t, p) in enumerate(zip(turn, pitch * torch.tensor([1.6, 0.7]).view(2, 1, 1, 1), strict=True))]
+            for i, (t, p) in enumerate(zip(turn, pitch, strict=True))]
     return torch.cat([
         torch.zeros_like(grain), grain, middle[:, :1], coarse[:, :1], wave[0][:, None], wave[1][:, None],
         (middle[:, 1:] > 0.9) * 2.0, 1 - coarse[:, 1:].abs() * 2], dim=1)
 
 
 def paint(plane: Tensor, levels: Tensor, kinds: Tensor, strength: Tensor) -> Tensor:
-    """Images (batch, 3, size, size) in 0..1: gray levels and textures of the objects, then a camera's faults."""
+    """Images (batch, 3, size, size) in 0..1: levels and textures of the objects, then a camera's faults."""
     batch, size = len(plane), plane.shape[-1]
     flat = plane.view(batch, -1)
     kind = kinds.gather(1, flat).view(batch, 1, size, size)
     image = levels.gather(1, flat).view(batch, 1, size, size)
-    image = image + textures(batch, size).gather(1, kind) * strength.gather(1, flat).view(batch, 1, size, size)
+    contrast = strength.gather(1, flat).view(batch, 1, size, size)
+    image = image + textures(batch, size).gather(1, kind) * contrast
     for _ in range(2):  # partial volume: no pixel border is sharp in a CT, few are wider than two pixels
         soft = F.pad(image, (1, 1, 1, 1), mode="replicate")
         soft = (soft[..., :-2] + soft[..., 2:]) / 4 + soft[..., 1:-1] / 2  # a convolution is 20 times slower
@@ -200,7 +202,7 @@ def scenes(worlds: Worlds, batch: int, size: int) -> tuple[Tensor, Tensor, Tenso
     tissue, world = task == TISSUES, task.clamp(max=WORLDS - 1)
     anywhere = random_shapes(batch, SHAPES, 0.06, 0.5)
     order = (anywhere[..., PLANES["rx"]] * anywhere[..., PLANES["ry"]]).argsort(dim=1, descending=True)
-    anywhere = anywhere.gather(1, order[..., None].expand_as(anywhere))  # large first, so small ones stay seen
+    anywhere = anywhere.gather(1, order[..., None].expand_as(anywhere))  # large first: small ones stay seen
     anywhere[:, :, 0] += 9.0 * (torch.rand(batch, SHAPES) < 0.4)  # out of the picture
     fixed = worlds.shapes[world]
     fixed[..., :2] += 0.03 * torch.randn(batch, SHAPES, 2)
@@ -226,15 +228,18 @@ def scenes(worlds: Worlds, batch: int, size: int) -> tuple[Tensor, Tensor, Tenso
     kinds = torch.where(tissue[:, None], torch.randint(0, 8, (batch, SHAPES)), kinds)
     outside = torch.where(tissue, torch.rand(batch), worlds.outside[world])[:, None]
     levels = torch.cat([outside, levels, torch.rand(batch, CELLS)], dim=1)
-    kinds = torch.cat([torch.zeros(batch, 1, dtype=torch.long), kinds, torch.randint(0, 8, (batch, CELLS))], dim=1)
-    strength = torch.where(tissue[:, None], between(0.05, 0.2, batch, OBJECTS), between(0.0, 0.09, batch, OBJECTS))
+    cells = torch.randint(0, 8, (batch, CELLS))
+    kinds = torch.cat([torch.zeros(batch, 1, dtype=torch.long), kinds, cells], dim=1)
+    strength = torch.where(
+        tissue[:, None], between(0.05, 0.2, batch, OBJECTS), between(0.0, 0.09, batch, OBJECTS))
 
     ground = torch.where(tissue.view(-1, 1, 1), voronoi(batch, size), 0)
     plane = draw(table, ground, size, torch.rand(batch) < 0.5)
     names = torch.zeros(batch, OBJECTS, dtype=torch.long)
     names[:, 1 + FIRST_ORGAN:1 + FIRST_ORGAN + ORGANS] = torch.arange(1, ORGANS + 1)
     names = torch.where(tissue[:, None], kinds, names)
-    return paint(plane, levels, kinds, strength), plane, names.gather(1, plane.view(batch, -1)).view_as(plane), task
+    names = names.gather(1, plane.view(batch, -1)).view_as(plane)
+    return paint(plane, levels, kinds, strength), plane, names, task
 
 
 def prompts(plane: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -244,7 +249,8 @@ def prompts(plane: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     image each belongs to (P,).
     """
     batch, height, width = plane.shape
-    areas = torch.zeros(batch, OBJECTS).scatter_add_(1, plane.view(batch, -1), torch.ones(batch, height * width))
+    ones = torch.ones(batch, height * width)
+    areas = torch.zeros(batch, OBJECTS).scatter_add_(1, plane.view(batch, -1), ones)
     weight = ((areas >= 10) & (areas < 0.6 * height * width)).float() + 1e-6
     weight[:, 0] = 1e-9
     weight[:, 1:1 + BODY] *= 0.2  # the body's layers are large and dull
@@ -364,7 +370,7 @@ def save(state: dict[str, Tensor], size: int, output: Path, notes: dict[str, str
     """Writes the weights as fp16 with position tables of `size` pixels; metadata values are strings."""
     state = {name: value.detach().cpu() for name, value in state.items()}
     state = resize_windows(resize_positions(state, "vit_ti", size), 2 * WINDOW - 1)
-    halves = {name: value.half().contiguous() if value.is_floating_point() else value for name, value in state.items()}
+    halves = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     try:
         release = version("samlora")
     except PackageNotFoundError:  # run from a source tree that is not installed
@@ -400,7 +406,7 @@ def train(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
         sam = build(size).to(arguments.device)
         if state is not None:
             sam.load_state_dict(resize_windows(resize_positions(state, "vit_ti", size), 2 * WINDOW - 1))
-        torch.manual_seed(arguments.seed + 1000 * rank + size)  # the models agree, the images differ from here on
+        torch.manual_seed(arguments.seed + 1000 * rank + size)  # from here on the images differ
         live = sam.state_dict()
         for value in live.values():
             dist.broadcast(value, 0)
@@ -408,7 +414,8 @@ def train(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
         parameters = [*sam.parameters(), *naming.parameters()]
         optimizer = torch.optim.AdamW([
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True)
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ], betas=(0.9, 0.98), fused=True)
         first_step, last_log, last_save, marked = step, time.monotonic(), time.monotonic(), 0
         readings: dict[str, list[float]] = {}
         while spent < until:
@@ -416,8 +423,8 @@ def train(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
             rate = arguments.lr * min(1.0, (step - first_step + 1) / 300) * (0.02 + 0.98 * (1 - spent**2))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, reading = step_losses(
-                sam, naming, scenes(worlds, batch // workers, size), step % 3, arguments.objects, arguments.device)
+            drawn = scenes(worlds, batch // workers, size)
+            loss, reading = step_losses(sam, naming, drawn, step % 3, arguments.objects, arguments.device)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             spent = agree(parameters, (time.monotonic() - start) / (60 * arguments.minutes))
@@ -432,7 +439,7 @@ def train(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
                 readings.setdefault(name, []).append(value)
             now = time.monotonic()
             if rank == 0 and now - last_log > 20:
-                text = "  ".join(f"{name} {sum(values) / len(values):.4f}" for name, values in readings.items())
+                text = "  ".join(f"{name} {sum(v) / len(v):.4f}" for name, v in readings.items())
                 print(f"{(now - start) / 60:6.2f} min  {size} px  step {step}  samples {samples}  "
                       f"{marked / (now - last_log):.1f}/s  lr {rate:.2e}  {text}", flush=True)
                 last_log, marked, readings = now, 0, {}
@@ -442,19 +449,21 @@ def train(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
         state = average
     if rank == 0:
         save(state, 256, arguments.output, {"seed": str(arguments.seed), "samples": str(samples)})
-        print(f"done: {samples} samples in {(time.monotonic() - start) / 60:.1f} min -> {arguments.output}", flush=True)
+        minutes = (time.monotonic() - start) / 60
+        print(f"done: {samples} samples in {minutes:.1f} min -> {arguments.output}", flush=True)
     dist.destroy_process_group()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--minutes", type=float, default=60, help="wall-clock budget of both stages")
-    parser.add_argument("--first", type=float, default=0.7, help="share of the budget at 128 px; the rest is at 256")
+    parser.add_argument("--first", type=float, default=0.7, help="share of the budget at 128 px, rest at 256")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path("checkpoints/sam_vit_ti_demo.safetensors"))
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU as many processes of one thread each")
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU, processes of one thread")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=24, help="images per step at 128 px, all threads; half at 256 px")
+    parser.add_argument("--batch", type=int, default=24, help="images per step; half at 256 px")
     parser.add_argument("--objects", type=int, default=3, help="prompted objects per image")
     parser.add_argument("--lr", type=float, default=8e-4)
     arguments = parser.parse_args()

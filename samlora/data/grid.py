@@ -165,8 +165,8 @@ def match_grid(label: Volume, to: Volume) -> Volume:
 def case_to_volume(case: Case, stack: np.ndarray) -> Volume:
     """A stack (D, H, W), labels or image, on the grid of the file that `case` was made from.
 
-    Shape, affine and codes are that file's. Where that is not known (published files) the array is (x, y, z) with an identity affine. Raises
-    InputError if `stack` has another shape than the case.
+    Shape, affine and codes are that file's. Where that is not known (published files) the array is (x, y, z)
+    with an identity affine. Raises InputError if `stack` has another shape than the case.
     """
     if stack.shape != case.image.shape:
         raise InputError(f"{case.name}: a stack of shape {stack.shape} for an image of {case.image.shape}")

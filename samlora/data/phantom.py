@@ -1,8 +1,9 @@
 """A synthetic abdomen with known truth: eight organs at plausible HU, no two cases alike.
 
-Everything is an implicit surface in patient millimetres (x to the right, y to the front, z to the head, origin
-before the spine at the height of the kidneys) on a smoothly warped grid of half the voxel size. Averaging the
-fine grid gives partial volume and the exact share of each organ in each voxel. Nothing here comes from a patient.
+Everything is an implicit surface in mm (x to the right, y to the front, z to the head,
+origin before the spine at the height of the kidneys) on a smoothly warped grid of half the voxel size.
+Averaging the fine grid gives partial volume and the exact share of each organ in each voxel. Nothing here
+comes from a patient.
 """
 
 import os
@@ -20,7 +21,7 @@ ORGANS = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stom
 BTCV_IDS = (1, 2, 3, 4, 6, 7, 8, 11)  # what BTCV's own label files call classes 1..8
 FINE = 2  # fine samples per voxel and axis
 
-# Tissues of the fine grid. 1..8 are the organs' own; the rest of the named ones are parts of them or no organ.
+# Tissues of the fine grid. 1..8 are the organs' own; the others are parts of them or no organ.
 SPLEEN, KIDNEY_R, KIDNEY_L, GALLBLADDER, LIVER, STOMACH, AORTA, PANCREAS = range(1, 9)
 (AIR, FAT, SKIN_FAT, SKIN, MUSCLE, BONE, MARROW, CANAL, DISC, LUNG, LUNG_VESSEL, BLOOD, VEIN, BOWEL, CHYME,
  STOOL, GAS, TABLE, LIVER_VEIN, MEDULLA_R, MEDULLA_L, MEAL, STOMACH_GAS, SINUS) = (0, *range(9, 32))
@@ -53,14 +54,16 @@ class _Canvas:
                 (self.bumps[0][part], self.bumps[1][part]), (self.strands[0][part], self.strands[1][part]),
                 self.tissue[part])
 
-    def box(self, low: Sequence[float], high: Sequence[float], margin: float = 16) -> tuple[slice, slice, slice]:
+    def box(self, low: Sequence[float], high: Sequence[float], margin: float = 16) -> tuple[slice, ...]:
         """Index ranges that hold the mm box, with room for the warp."""
         ends = [np.searchsorted(axis, (a - margin, b + margin))
                 for axis, a, b in zip(self.axes, low, high, strict=True)]
         return tuple(slice(*end) for end in ends)
 
-    def ellipsoid(self, centre: Point, semi: Point, turn: float = 0, lean: float = 0) -> tuple[tuple, np.ndarray]:
-        """A box of the grid and the distance in mm there (negative inside), turned in plane, leaning with z."""
+    def ellipsoid(
+        self, centre: Point, semi: Point, turn: float = 0, lean: float = 0
+    ) -> tuple[tuple[slice, ...], np.ndarray]:
+        """A box of the grid and the distance in mm there (negative inside), turned in plane, leaning in z."""
         reach = max(semi[0], semi[1]) + abs(lean) * semi[2]
         box = self.box(np.subtract(centre, (reach, reach, semi[2])), np.add(centre, (reach, reach, semi[2])))
         z = self.z[box] - centre[2]
@@ -69,7 +72,7 @@ class _Canvas:
         a, b = (cosine * x + sine * y) / semi[0], (cosine * y - sine * x) / semi[1]
         return box, (np.sqrt(a * a + b * b + (z / semi[2]) ** 2) - 1) * min(semi)
 
-    def tube(self, path: Sequence[Point], radii: Sequence[float]) -> tuple[tuple, np.ndarray]:
+    def tube(self, path: Sequence[Point], radii: Sequence[float]) -> tuple[tuple[slice, ...], np.ndarray]:
         """A box of the grid and the distance in mm there (negative inside) from a bent tube."""
         points = np.array(path, np.float32)
         box = self.box(points.min(0) - max(radii), points.max(0) + max(radii))
@@ -83,8 +86,10 @@ class _Canvas:
             np.minimum(nearest, distance, out=nearest)
         return box, nearest
 
-    def organ(self, box: tuple, distance: np.ndarray, tissue: int, gap: float = 1.2, bumps: float = 1.5) -> np.ndarray:
-        """Draws an organ with a fat plane around it into the soft room that is left; returns where it came."""
+    def organ(
+        self, box: tuple[slice, ...], distance: np.ndarray, tissue: int, gap: float = 1.2, bumps: float = 1.5
+    ) -> np.ndarray:
+        """Draws an organ in a fat plane of `gap` mm where there is soft room; returns where it lies."""
         distance = distance + bumps * self.bumps[0][box]
         here = self.tissue[box]
         room = np.isin(here, _ROOM)
@@ -94,13 +99,15 @@ class _Canvas:
         return inside
 
 
-def _smooth(rng: np.random.Generator, extent: Sequence[float], shape: Sequence[int], width: float) -> np.ndarray:
+def _smooth(
+    rng: np.random.Generator, extent: Sequence[float], shape: Sequence[int], width: float
+) -> np.ndarray:
     """A smooth random field of unit variance on a grid of `shape`, with bumps about `width` mm wide."""
     cells = [max(4, round(length / width) + 3) for length in extent]
     field = rng.standard_normal(cells).astype(np.float32)
     for axis, (cell, size) in enumerate(zip(cells, shape, strict=True)):
-        weights = zoom(np.eye(cell), (size / cell, 1), order=3, grid_mode=True, mode="nearest").astype(np.float32)
-        field = np.moveaxis(np.tensordot(weights, field, (1, axis)), 0, axis)
+        weights = zoom(np.eye(cell), (size / cell, 1), order=3, grid_mode=True, mode="nearest")
+        field = np.moveaxis(np.tensordot(weights.astype(np.float32), field, (1, axis)), 0, axis)
     return (field - field.mean()) / field.std()
 
 
@@ -111,12 +118,11 @@ def _canvas(rng: np.random.Generator, shape: Sequence[int], spacing: Sequence[fl
                  for n, length in zip(fine, extent, strict=True))
     size = rng.normal(1, (0.05, 0.05, 0.06))  # patients differ in width, depth and height
     warp = (4.0, 4.0, 3.0)  # mm
-    x, y, z = (
-        axis.reshape([-1 if i == d else 1 for i in range(3)]) / size[d] + warp[d] * _smooth(rng, extent, fine, 90)
-        for d, axis in enumerate(axes))
+    x, y, z = (line / scale + by * _smooth(rng, extent, fine, 90)
+               for line, scale, by in zip(np.ix_(*axes), size.astype(np.float32), warp, strict=True))
     bumps = (_smooth(rng, extent, fine, 30), _smooth(rng, extent, fine, 30))
     strands = (_smooth(rng, extent, fine, 12), _smooth(rng, extent, fine, 12))
-    z += rng.uniform(-12, 12)  # scans begin and end at other heights
+    z += np.float32(rng.uniform(-12, 12))  # scans begin and end at other heights
     return _Canvas(axes, x, y, z, bumps, strands, np.zeros(fine, np.uint8))
 
 
@@ -142,7 +148,7 @@ def _frame(canvas: _Canvas, seed: int) -> None:
     tissue[depth > 2] = SKIN_FAT
     inner = depth - fat
     tissue[inner > 0] = MUSCLE
-    tissue[(np.abs(inner - wall * 0.55) < 0.8) & (back < 0.75) & (z < 20)] = FAT  # planes between the wall's muscles
+    tissue[(np.abs(inner - wall * 0.55) < 0.8) & (back < 0.75) & (z < 20)] = FAT  # between the wall's muscles
     tissue[(inner > wall) & (np.abs(x) < 140)] = FAT
 
     # Ribs descend from the spine to the front; each axial slice cuts several of them.
@@ -162,10 +168,11 @@ def _frame(canvas: _Canvas, seed: int) -> None:
             tissue[np.hypot((x - side * 33) / 1.5, y + 80) < 17] = MUSCLE
             psoas = np.hypot(x - side * (36 - 0.05 * z), (y + 46) / 1.15) - np.clip(9 - 0.17 * z, 0, 24)
             tissue[(psoas < 0) & (z < 40)] = MUSCLE
-        crus = (np.hypot(np.abs(x) - 20, (y + 26) / 2.0) < 5.5) & (z > -10)
-        tissue[crus] = MUSCLE
-        tissue[(np.abs(x) < 7 + 6 * (phase > period * 0.6)) & (y > -94) & (y < -70)] = BONE  # arch and spinous process
-        tissue[(np.hypot((np.abs(x) - 26) / 2.3, y + 72) < 5) & (phase > period * 0.45) & (phase < period * 0.8)] = BONE
+        tissue[(np.hypot(np.abs(x) - 20, (y + 26) / 2) < 5.5) & (z > -10)] = MUSCLE  # the diaphragm's crura
+        arch = np.abs(x) < 7 + 6 * (phase > period * 0.6)  # with the spinous process
+        tissue[arch & (y > -94) & (y < -70)] = BONE
+        transverse = (np.hypot((np.abs(x) - 26) / 2.3, y + 72) < 5) & (np.abs(phase / period - 0.62) < 0.18)
+        tissue[transverse] = BONE
         tissue[body < 0] = BONE
         tissue[body < -2.4] = MARROW
         tissue[(body < 0) & (phase < 7)] = DISC
@@ -182,8 +189,7 @@ def _frame(canvas: _Canvas, seed: int) -> None:
     along, across = 0.92 * (x + 18) - 0.39 * (y - 38), 0.92 * (y - 38) + 0.39 * (x + 18)
     heart = (along / 62) ** 2 + (across / 44) ** 2 + ((z - top - 8) / 30) ** 2
     tissue[(heart < 1) & lung] = BLOOD
-    fold = cavity & (tissue == FAT) & (np.hypot(*canvas.strands) < 0.16)
-    tissue[fold] = VEIN  # vessels of the mesentery
+    tissue[(tissue == FAT) & cavity & (np.hypot(*canvas.strands) < 0.16)] = VEIN  # of the mesentery
 
 
 def _bowel(canvas: _Canvas, rng: np.random.Generator) -> None:
@@ -240,7 +246,8 @@ def _organs(canvas: _Canvas, rng: np.random.Generator) -> None:
         hollow = np.hypot(np.maximum(x + 30, 0), np.maximum(y + 60, 0) * 0.9) - 72  # towards the spine
         distance = np.maximum(distance, -hollow)
         inside = canvas.organ(box, distance, LIVER, gap=0.6, bumps=2.5)
-        canvas.tissue[box][inside & (np.hypot(canvas.bumps[1][box], canvas.strands[1][box]) < 0.2)] = LIVER_VEIN
+        veins = np.hypot(canvas.bumps[1][box], canvas.strands[1][box]) < 0.2
+        canvas.tissue[box][inside & veins] = LIVER_VEIN
 
     box, distance = canvas.ellipsoid(near(-96, -34, 36), sized(30, 50, 50), turn=0.45, lean=0.1)
     canvas.organ(box, distance, SPLEEN, bumps=2.0)
@@ -315,14 +322,16 @@ def _gray_values(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     mean, grain = np.zeros(32), np.zeros(32)
     meal = rng.choice([rng.uniform(5, 30), rng.uniform(25, 60), rng.uniform(120, 260)], p=(0.5, 0.35, 0.15))
     values = {
-        AIR: (-1000, 0), FAT: (rng.uniform(-112, -92), 9), SKIN_FAT: (rng.uniform(-115, -98), 5), SKIN: (10, 5),
-        MUSCLE: (rng.uniform(45, 62), 8), BONE: (rng.uniform(420, 800), 60), MARROW: (rng.uniform(130, 250), 35),
-        CANAL: (25, 6), DISC: (80, 8), LUNG: (-860, 25), LUNG_VESSEL: (0, 30), BLOOD: (aorta, 3), VEIN: (vein, 4),
-        BOWEL: (rng.uniform(55, 100), 8), CHYME: (rng.uniform(12, 45), 10),
-        STOOL: (rng.uniform(-20, 60), 55), GAS: (-940, 0), TABLE: (-250, 30), SPLEEN: (spleen, 4), KIDNEY_R: (cortex, 6), KIDNEY_L: (cortex, 6), MEDULLA_R: (medulla, 6),
-        MEDULLA_L: (medulla, 6), GALLBLADDER: (rng.uniform(2, 18), 2), LIVER: (liver, 5), LIVER_VEIN: (liver_vein, 3),
-        STOMACH: (rng.uniform(50, 95), 8), MEAL: (meal, rng.uniform(3, 22)), STOMACH_GAS: (-940, 0), AORTA: (aorta, 3),
-        PANCREAS: (pancreas, 11), SINUS: (rng.uniform(0, 40), 8),
+        AIR: (-1000, 0), FAT: (rng.uniform(-112, -92), 9), SKIN_FAT: (rng.uniform(-115, -98), 5),
+        SKIN: (10, 5), MUSCLE: (rng.uniform(45, 62), 8), BONE: (rng.uniform(420, 800), 60),
+        MARROW: (rng.uniform(130, 250), 35), CANAL: (25, 6), DISC: (80, 8), TABLE: (-250, 30),
+        LUNG: (-860, 25), LUNG_VESSEL: (0, 30), BLOOD: (aorta, 3), VEIN: (vein, 4),
+        BOWEL: (rng.uniform(55, 100), 8), CHYME: (rng.uniform(12, 45), 10), GAS: (-940, 0),
+        STOOL: (rng.uniform(-20, 60), 55), SPLEEN: (spleen, 4), KIDNEY_R: (cortex, 6), KIDNEY_L: (cortex, 6),
+        MEDULLA_R: (medulla, 6), MEDULLA_L: (medulla, 6), SINUS: (rng.uniform(0, 40), 8),
+        GALLBLADDER: (rng.uniform(2, 18), 2), LIVER: (liver, 5), LIVER_VEIN: (liver_vein, 3),
+        STOMACH: (rng.uniform(50, 95), 8), MEAL: (meal, rng.uniform(3, 22)), STOMACH_GAS: (-940, 0),
+        AORTA: (aorta, 3), PANCREAS: (pancreas, 11),
     }
     for tissue, (value, spread) in values.items():
         mean[tissue], grain[tissue] = value, spread
@@ -332,11 +341,8 @@ def _gray_values(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def _per_voxel(fine: np.ndarray) -> np.ndarray:
     """Sums the fine samples of each voxel."""
     for axis in range(3):
-        first = [slice(None)] * 3
-        first[axis] = slice(0, None, FINE)
-        second = [slice(None)] * 3
-        second[axis] = slice(1, None, FINE)
-        fine = fine[tuple(first)] + fine[tuple(second)]
+        fine = np.moveaxis(fine, axis, 0)
+        fine = np.moveaxis(fine[0::2] + fine[1::2], 0, axis)
     return fine
 
 

@@ -1,6 +1,7 @@
 """Fetching Meta's base weights: with progress, resuming, verified."""
 
 import hashlib
+import http.client
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -12,7 +13,7 @@ ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything/"
 CHUNK = 1 << 20
 
 
-def download(variant: str, folder: str | Path = "checkpoints", address: str = ADDRESS) -> Path:
+def download(variant: str, folder: str | Path = "checkpoints", address: str | None = None) -> Path:
     """Fetches a variant's official file into `folder` and returns its path; a complete file is kept.
 
     A broken download is continued from `NAME.part` at the next call. The finished file must have the MD5
@@ -23,7 +24,7 @@ def download(variant: str, folder: str | Path = "checkpoints", address: str = AD
 
     if variant not in OFFICIAL_FILES:
         raise InputError(f"there is no public file for {variant!r}; allowed: {', '.join(OFFICIAL_FILES)}")
-    name = OFFICIAL_FILES[variant]
+    name, address = OFFICIAL_FILES[variant], address or ADDRESS
     target, part = Path(folder) / name, Path(folder) / (name + ".part")
     if target.is_file():
         check_official(target)
@@ -31,6 +32,11 @@ def download(variant: str, folder: str | Path = "checkpoints", address: str = AD
     total = 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{target.parent}: cannot make this folder ({error.strerror}); choose another with -o"
+        ) from None
+    try:
         done = part.stat().st_size if part.exists() else 0
         request = urllib.request.Request(address + name, headers={"Range": f"bytes={done}-"} if done else {})
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -49,8 +55,8 @@ def download(variant: str, folder: str | Path = "checkpoints", address: str = AD
             raise InputError(
                 f"{address + name}: the server answers {error.code} {error.reason}; try again later"
             ) from None
-    except OSError as error:
-        reason = getattr(error, "reason", None) or error.strerror or error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise InputError(
             f"{address + name}: download stopped ({reason}); run the same command again to continue"
         ) from None

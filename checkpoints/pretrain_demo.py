@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samlora.model.checkpoint import resize_positions, write_tensors
+from samlora.model.checkpoint import resize_positions
 from samlora.model.sam import PATCH, VARIANTS, WINDOW, Sam, build_sam
 
 WORLDS = 16

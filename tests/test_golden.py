@@ -10,9 +10,10 @@ import torch
 import samlora
 from samlora.evaluation.metrics import evaluate
 from samlora.inference.slices import predict_slices
-from samlora.model.checkpoint import adapter_tensors, read_tensors
+from samlora.model.checkpoint import adapter_tensors
 from samlora.model.lora import lora_names
 from samlora.model.sam import state_shapes
+from samlora.model.tensors import read_tensors
 from samlora.training.config import TrainConfig
 from samlora.training.losses import dice_ce
 from samlora.training.schedule import learning_rate

@@ -7,10 +7,11 @@ from torch import nn
 
 import samlora
 from samlora.errors import InputError
-from samlora.model.checkpoint import adapter_tensors, read_tensors
+from samlora.model.checkpoint import adapter_tensors
 from samlora.model.lora import LoRA_qkv, LoRA_sam, inject_encoder
 from samlora.model.methods import SYSTEMS, trained_names
 from samlora.model.sam import Prompts, build_sam
+from samlora.model.tensors import read_tensors
 
 
 def linear(i: int, o: int) -> nn.Linear:
@@ -98,9 +99,7 @@ def test_lora_sam_works_on_a_stock_model(tmp_path):
     assert block.attn(torch.zeros(1, 14, 14, 768)).shape == (1, 14, 14, 768)
     lora.save_lora_parameters(tmp_path / "lora.safetensors")
     tensors, _ = read_tensors(tmp_path / "lora.safetensors")
-    assert (
-        len(tensors) == 48 and tensors["w_a_000"].shape == (2, 768) and tensors["w_b_023"].shape == (768, 2)
-    )
+    assert len(tensors) == 48 and tensors["w_a_000"].shape == (2, 768) and tensors["w_b_023"].shape == (768, 2)
 
 
 @pytest.mark.real

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pickle
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samlora.errors import InputError, MissingFileError
-from samlora.files import shipped, whole
+from samlora.files import shipped
 from samlora.model.lora import lora_names
 from samlora.model.sam import PATCH, VARIANTS, Sam, build_sam, state_shapes, usual_size
+from samlora.model.tensors import compare_shapes, read_tensors, write_tensors
 
 FORMAT_VERSION = 1
 
@@ -55,57 +55,6 @@ class Spec:
     format_version: int = FORMAT_VERSION
 
 
-# --- reading and writing ---------------------------------------------------------------------------------
-
-
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a `.safetensors` file, or of a `.pth`/`.pt` file read with weights_only.
-
-    Raises MissingFileError when there is no such file, InputError when it cannot be read as plain tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"no weights at {path}; check the path")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{path}: cannot be read as weights ({_first_line(error)}); fetch or save it again"
-        ) from None
-    except Exception as error:  # safetensors raises its own type for a broken header
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise InputError(
-            f"{path}: is not a safetensors file ({_first_line(error)}); fetch or save it again"
-        ) from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise InputError(f"{path}: holds something else than named tensors; give a file of weights")
-    return tensors, {}
-
-
-def write_tensors(
-    path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Writes a safetensors file, whole or not at all. Raises InputError for another ending."""
-    from safetensors.torch import save_file
-
-    if Path(path).suffix != ".safetensors":
-        raise InputError(f"{path}: adapters are written as .safetensors only; give such a name")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with whole(path) as temporary:
-        save_file(tensors, temporary, metadata)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:160]
-
-
 def _digest(path: Path, kind: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, kind).hexdigest()
@@ -127,9 +76,7 @@ def find_base(variant: str) -> Path:
         raise MissingFileError(
             f"the demo base {name} is missing from samlora's checkpoints folder; install samlora again"
         )
-    raise MissingFileError(
-        f"no base weights at checkpoints/{name}; fetch them with: samlora download {variant}"
-    )
+    raise MissingFileError(f"no base weights at checkpoints/{name}; fetch them with: samlora download {variant}")
 
 
 def check_official(path: Path) -> None:
@@ -153,9 +100,7 @@ def recognise_variant(state: dict[str, Tensor], path: str | os.PathLike) -> str:
             return name
     known = ", ".join(f"{name} ({v.width} wide)" for name, v in VARIANTS.items())
     found = (
-        "no image_encoder.patch_embed.proj.weight"
-        if patches is None
-        else f"a patch embedding {tuple(patches.shape)}"
+        "no image_encoder.patch_embed.proj.weight" if patches is None else f"a patch embedding {tuple(patches.shape)}"
     )
     raise InputError(f"{path}: is not a SAM checkpoint: it has {found}; known variants: {known}")
 
@@ -174,11 +119,7 @@ def load_base(
     path = Path(path)
     if not path.is_file():
         official = next((v for v, name in OFFICIAL_FILES.items() if name == path.name), None)
-        hint = (
-            f"fetch it with: samlora download {official}"
-            if official
-            else "fetch SAM's with: samlora download vit_b"
-        )
+        hint = f"fetch it with: samlora download {official}" if official else "fetch SAM's with: samlora download vit_b"
         raise MissingFileError(f"no base weights at {path}; {hint}")
     check_official(path)
     state, _ = read_tensors(path)
@@ -211,28 +152,12 @@ def _check_base(state: dict[str, Tensor], variant: str, fresh_heads: bool, path:
         )
     masks = state.get("mask_decoder.mask_tokens.weight")
     expected = state_shapes(variant, positions.shape[1] * PATCH, 4 if masks is None else len(masks))
-    _compare(
+    compare_shapes(
         {n: t.shape for n, t in state.items() if not (fresh_heads and _is_class_tensor(n))},
         {n: s for n, s in expected.items() if not (fresh_heads and _is_class_tensor(n))},
         f"{path}: is not a complete {variant} base",
         "fetch the file again",
     )
-
-
-def _compare(found: dict, expected: dict, what: str, advice: str) -> None:
-    """Raises InputError naming the first missing, unexpected or misshapen tensor."""
-    for verb, names in (
-        ("lacks", expected.keys() - found.keys()),
-        ("has an unexpected", found.keys() - expected.keys()),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"{what}: it {verb} {min(names)}{more}; {advice}")
-    for name, shape in expected.items():
-        if tuple(found[name]) != tuple(shape):
-            raise InputError(
-                f"{what}: {name} has shape {tuple(found[name])}, expected {tuple(shape)}; {advice}"
-            )
 
 
 def resize_positions(state: dict[str, Tensor], variant: str, image_size: int) -> dict[str, Tensor]:
@@ -254,9 +179,7 @@ def resize_positions(state: dict[str, Tensor], variant: str, image_size: int) ->
             table = state[name].float()
             if table.shape[0] != 2 * grid - 1:
                 size = (2 * grid - 1, table.shape[1])
-                resized[name] = F.interpolate(table[None, None], size, mode="bilinear", align_corners=False)[
-                    0, 0
-                ]
+                resized[name] = F.interpolate(table[None, None], size, mode="bilinear", align_corners=False)[0, 0]
     return resized
 
 
@@ -278,9 +201,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """
     spec = getattr(model, "spec", None)
     if spec is None:
-        raise InputError(
-            "this model has no description (model.spec); build it with samlora.build_model or load_model"
-        )
+        raise InputError("this model has no description (model.spec); build it with samlora.build_model or load_model")
     write_tensors(path, adapter_tensors(model), {"samlora": json.dumps(asdict(spec))})
 
 
@@ -302,8 +223,7 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], Spec | Non
     description = json.loads(metadata["samlora"])
     if description.get("format_version", 0) > FORMAT_VERSION:
         raise InputError(
-            f"{path}: was written by samlora {description.get('samlora_version')}, newer than this "
-            f"one; upgrade samlora"
+            f"{path}: was written by samlora {description.get('samlora_version')}, newer than this one; upgrade samlora"
         )
     known = {field.name for field in fields(Spec)}
     if set(description) != known:
@@ -325,8 +245,7 @@ def guess_spec(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict:
     pairs = sum(name.startswith("w_a_") for name in tensors)
     if variant is None or pairs != 2 * VARIANTS[variant].depth:
         raise InputError(
-            f"{path}: {pairs} LoRA pairs of width {width} fit no SAM variant with LoRA on q and v "
-            f"of all blocks"
+            f"{path}: {pairs} LoRA pairs of width {width} fit no SAM variant with LoRA on q and v of all blocks"
         )
     tokens = tensors.get("mask_decoder.mask_tokens.weight")
     system = "samed_s" if "sa_a_000" in tensors else "sam_lora" if tokens is None else "samed"
@@ -339,33 +258,10 @@ def guess_spec(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict:
     }
 
 
-def translate_adapter(
-    sam: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike
-) -> dict[str, Tensor]:
-    """The tensors of a SAMed or plain LoRA file under the names of `sam`'s state dict, checked strictly.
-
-    The file must hold all LoRA factors of `sam`; beyond them either nothing, or what SAMed saves: the whole
-    prompt encoder and the mask decoder (SAMed_s: without its transformer).
-    """
-    names, state = lora_names(sam), sam.state_dict()
-    expected = dict(names)
-    if len(tensors) > len(names) or "mask_decoder.mask_tokens.weight" in tensors:
-        carried = [name for name in state if name.startswith(("prompt_encoder.", "mask_decoder."))]
-        partial = "sa_a_000" in names
-        expected |= {name: name for name in carried if not (partial and ".transformer." in name)}
-    _compare(
-        {n: t.shape for n, t in tensors.items()},
-        {n: state[full].shape for n, full in expected.items()},
-        f"{path}: does not fit this model",
-        "give the rank, variant and class count it was trained with",
-    )
-    return {full: tensors[name].float() for name, full in expected.items()}
-
-
 def load_trained(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
     """Copies an adapter's tensors into what trains in `model`. Raises InputError unless they fit exactly."""
     own = adapter_tensors(model)
-    _compare(
+    compare_shapes(
         {n: t.shape for n, t in tensors.items()},
         {n: t.shape for n, t in own.items()},
         f"{path}: does not fit this model",

@@ -67,8 +67,7 @@ def download(variant: str, folder: str | Path = "checkpoints", address: str | No
         size = part.stat().st_size
         if size < total:
             raise InputError(
-                f"{part}: the connection broke at {size} of {total} bytes; run the same command "
-                f"again to continue"
+                f"{part}: the connection broke at {size} of {total} bytes; run the same command again to continue"
             )
         part.unlink()
         raise InputError(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samlora.errors import InputError
+from samlora.model.tensors import compare_shapes, read_tensors, write_tensors
 
 
 class _Adapted(nn.Module):
@@ -123,9 +124,7 @@ def inject_encoder(encoder: nn.Module, rank: int, layers: Iterable[int] | None =
     for index in chosen:
         attention = encoder.blocks[index].attn
         if isinstance(attention.qkv, LoRA_qkv):
-            raise InputError(
-                "this encoder carries LoRA already; build a fresh model instead of injecting twice"
-            )
+            raise InputError("this encoder carries LoRA already; build a fresh model instead of injecting twice")
         q, v = (_factors(attention.qkv, attention.qkv.in_features, rank) for _ in "qv")
         attention.qkv = LoRA_qkv(attention.qkv, *q, *v)
     return chosen
@@ -166,14 +165,33 @@ def lora_names(sam: nn.Module) -> dict[str, str]:
             prefix = f"mask_decoder.transformer.layers.{index}.{attention}"
             for factor in "ab":
                 names[f"{abbreviation}_{factor}_{2 * index:03d}"] = f"{prefix}.q_proj.linear_{factor}.weight"
-                names[f"{abbreviation}_{factor}_{2 * index + 1:03d}"] = (
-                    f"{prefix}.v_proj.linear_{factor}.weight"
-                )
+                names[f"{abbreviation}_{factor}_{2 * index + 1:03d}"] = f"{prefix}.v_proj.linear_{factor}.weight"
     final = "mask_decoder.transformer.final_attn_token_to_image"
     for projection in "qv":
         for factor in "ab":
             names[f"fati_{projection}{factor}"] = f"{final}.{projection}_proj.linear_{factor}.weight"
     return names
+
+
+def translate_adapter(sam: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a SAMed or plain LoRA file under the names of `sam`'s state dict, checked strictly.
+
+    The file must hold all LoRA factors of `sam`; beyond them either nothing, or what SAMed saves: the whole
+    prompt encoder and the mask decoder (SAMed_s: without its transformer).
+    """
+    names, state = lora_names(sam), sam.state_dict()
+    expected = dict(names)
+    if len(tensors) > len(names) or "mask_decoder.mask_tokens.weight" in tensors:
+        carried = [name for name in state if name.startswith(("prompt_encoder.", "mask_decoder."))]
+        partial = "sa_a_000" in names
+        expected |= {name: name for name in carried if not (partial and ".transformer." in name)}
+    compare_shapes(
+        {n: t.shape for n, t in tensors.items()},
+        {n: state[full].shape for n, full in expected.items()},
+        f"{path}: does not fit this model",
+        "give the rank, variant and class count it was trained with",
+    )
+    return {full: tensors[name].float() for name, full in expected.items()}
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -216,8 +234,6 @@ class LoRA_sam(nn.Module):
 
         `samlora.save_adapter` writes everything that was trained, with its description.
         """
-        from samlora.model.checkpoint import write_tensors
-
         state = self.sam.state_dict()
         write_tensors(filename, {short: state[name] for short, name in lora_names(self.sam).items()})
 
@@ -227,7 +243,5 @@ class LoRA_sam(nn.Module):
         Accepts plain LoRA safetensors and SAMed's `.pth` files. Raises InputError, before anything is
         changed, when a factor is missing, unexpected or of another shape.
         """
-        from samlora.model.checkpoint import read_tensors, translate_adapter
-
         tensors, _ = read_tensors(filename)
         self.sam.load_state_dict(translate_adapter(self.sam, tensors, filename), strict=False)

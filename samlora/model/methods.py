@@ -14,7 +14,7 @@ from torch import nn
 from samlora.errors import InputError
 from samlora.model import checkpoint
 from samlora.model.checkpoint import Spec
-from samlora.model.lora import inject_decoder, inject_encoder
+from samlora.model.lora import inject_decoder, inject_encoder, translate_adapter
 from samlora.model.sam import STOCK_MASKS, VARIANTS, Sam, build_sam, usual_size
 
 
@@ -93,9 +93,7 @@ def named_system(system: str | None, module: str | None) -> str | None:
         raise InputError(f"--module {module} is unknown; allowed: {', '.join(by_module)}")
     named = by_module.get(module, module)
     if system is not None and system != named:
-        raise InputError(
-            f"--module {module} means the system {named}, but --system {system} was given; leave one out"
-        )
+        raise InputError(f"--module {module} means the system {named}, but --system {system} was given; leave one out")
     return named
 
 
@@ -142,18 +140,10 @@ def build_model(
     """
     row = system_row(system)
     if num_classes < 1:
-        raise InputError(
-            f"num_classes {num_classes} is not possible; it counts foreground classes: give 1 or more"
-        )
-    names = (
-        tuple(class_names)
-        if class_names is not None
-        else tuple(f"class_{i}" for i in range(1, num_classes + 1))
-    )
+        raise InputError(f"num_classes {num_classes} is not possible; it counts foreground classes: give 1 or more")
+    names = tuple(class_names) if class_names is not None else tuple(f"class_{i}" for i in range(1, num_classes + 1))
     if len(names) != num_classes:
-        raise InputError(
-            f"{len(names)} class names for num_classes {num_classes}; give one name per foreground class"
-        )
+        raise InputError(f"{len(names)} class names for num_classes {num_classes}; give one name per foreground class")
     num_masks = num_classes + 1 if row.semantic else None
     sam, base_name, digest = _base(base, variant, row, image_size, num_masks)
     layers = inject_encoder(sam.image_encoder, rank, lora_layers)
@@ -262,11 +252,9 @@ def load_model(
     return model.eval()
 
 
-def _load_foreign(
-    tensors: dict, adapter: str | os.PathLike, base: str | os.PathLike, image_size: int | None
-) -> Sam:
+def _load_foreign(tensors: dict, adapter: str | os.PathLike, base: str | os.PathLike, image_size: int | None) -> Sam:
     guess = checkpoint.guess_spec(tensors, adapter)
     guess["num_classes"] = guess["num_classes"] or STOCK_MASKS - 1
     model = build_model(base=base, image_size=image_size, **guess)
-    model.load_state_dict(checkpoint.translate_adapter(model, tensors, adapter), strict=False)
+    model.load_state_dict(translate_adapter(model, tensors, adapter), strict=False)
     return model

@@ -294,19 +294,13 @@ def build_sam(variant: str, image_size: int | None = None, num_masks: int = STOC
     image_size = VARIANTS[variant].image_size if image_size is None else image_size
     if image_size < PATCH or image_size % PATCH:
         raise InputError(
-            f"image size {image_size} is not a multiple of {PATCH}; try "
-            f"{max(1, round(image_size / PATCH)) * PATCH}"
+            f"image size {image_size} is not a multiple of {PATCH}; try {max(1, round(image_size / PATCH)) * PATCH}"
         )
     return Sam(variant, image_size, num_masks)
 
 
 @functools.cache
-def state_shapes(
-    variant: str, image_size: int | None = None, num_masks: int = STOCK_MASKS
-) -> dict[str, torch.Size]:
+def state_shapes(variant: str, image_size: int | None = None, num_masks: int = STOCK_MASKS) -> dict[str, torch.Size]:
     """Name -> shape of every entry of the state dict, without allocating any weight."""
     with torch.device("meta"):
-        return {
-            name: tensor.shape
-            for name, tensor in build_sam(variant, image_size, num_masks).state_dict().items()
-        }
+        return {name: tensor.shape for name, tensor in build_sam(variant, image_size, num_masks).state_dict().items()}

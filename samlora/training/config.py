@@ -11,22 +11,16 @@ from samlora.options import option
 class TrainConfig:
     """All of a training run. Lengths in pixels, times in epochs or optimizer steps, as the help texts say."""
 
-    root_path: str | None = option(
-        None, "folder of prepared data: holds train_npz/, or the .npz slices themselves"
-    )
+    root_path: str | None = option(None, "folder of prepared data: holds train_npz/, or the .npz slices themselves")
     output: str = option("runs", "folder for run folders")
     dataset: str = option("Synapse", "name of the data in the run folder's name")
     list_dir: str | None = option(None, "folder with train.txt, the slices to use; without it all of them")
-    num_classes: int | None = option(
-        None, "foreground classes (default: what the data's recipe says, else 8)"
-    )
+    num_classes: int | None = option(None, "foreground classes (default: what the data's recipe says, else 8)")
     max_iterations: int | None = option(None, "stop after this many optimizer steps, whatever the epochs say")
     max_epochs: int = option(200, "epochs over which the learning rate decays")
     stop_epoch: int = option(160, "epoch after which training stops")
     batch_size: int = option(12, "slices per device and forward pass")
-    accumulate: int = option(
-        1, "batches per optimizer step; 2 on one GPU gives SAMed's effective batch of 24"
-    )
+    accumulate: int = option(1, "batches per optimizer step; 2 on one GPU gives SAMed's effective batch of 24")
     n_gpu: int = option(1, "GPUs (or, with --strategy ddp --device cpu, processes) on this machine")
     num_nodes: int = option(1, "machines, with --strategy ddp")
     strategy: str = option(
@@ -42,12 +36,8 @@ class TrainConfig:
     module: str | None = option(
         None, "SAMed's name for the system: sam_lora_image_encoder or sam_lora_image_encoder_mask_decoder"
     )
-    vit_name: str | None = option(
-        None, "vit_ti, vit_b, vit_l or vit_h (default: what --ckpt holds, else the system's)"
-    )
-    ckpt: str | None = option(
-        None, "base weights (default: checkpoints/ file of vit_name), or random for none"
-    )
+    vit_name: str | None = option(None, "vit_ti, vit_b, vit_l or vit_h (default: what --ckpt holds, else the system's)")
+    ckpt: str | None = option(None, "base weights (default: checkpoints/ file of vit_name), or random for none")
     lora_ckpt: str | None = option(None, "adapter whose weights a new run starts from")
     rank: int = option(4, "rank of the LoRA pairs")
     lora_layers: tuple[int, ...] = option((), "encoder blocks that get LoRA, counted from 0 (default: all)")
@@ -56,9 +46,7 @@ class TrainConfig:
         "adamw (betas 0.9, 0.999, weight decay 0.1) or sgd (momentum 0.9, weight decay 1e-4)",
         ("adamw", "sgd"),
     )
-    warmup: bool = option(
-        True, "raise the learning rate linearly at the start; without it masks easily stay empty"
-    )
+    warmup: bool = option(True, "raise the learning rate linearly at the start; without it masks easily stay empty")
     warmup_period: int = option(250, "optimizer steps of warm-up")
     lr_exp: float = option(0.9, "exponent of the decay; SAMed_h uses 7")
     dice_param: float = option(0.8, "weight of the Dice loss; cross-entropy gets the rest")
@@ -75,9 +63,7 @@ class TrainConfig:
     val_fraction: float = option(0.0, "share of the cases kept for validation, if no --val_cases")
     val_interval: int = option(1, "epochs between validations")
     save_interval: int = option(20, "epochs between the adapters that are kept as epoch_N.safetensors")
-    num_workers: int | None = option(
-        None, "processes that read slices (default: 0 on the CPU, up to 8 for a GPU)"
-    )
+    num_workers: int | None = option(None, "processes that read slices (default: 0 on the CPU, up to 8 for a GPU)")
     resume: bool = option(False, "continue the run these options name, from its last saved state")
 
     def __post_init__(self) -> None:

@@ -67,13 +67,12 @@ def train(config: TrainConfig) -> Path:
     loader = iter(make_loader(config, SliceDataset(data.train, config.seed), batches, fabric.device))
     run.open_metrics(step)
     facts = announce(run, config, data, model, plan, step, fabric.device, precision)
+    run.describe(facts)
     bar = progress_bar(plan.last_step, step, visible=fabric.is_global_zero)
     began = saved = time.monotonic()
     while step < plan.last_step:
         epoch = step // plan.steps_per_epoch
-        lr = learning_rate(
-            step, config.base_lr, plan.horizon, config.warmup_period * config.warmup, config.lr_exp
-        )
+        lr = learning_rate(step, config.base_lr, plan.horizon, config.warmup_period * config.warmup, config.lr_exp)
         for group in optimizer.param_groups:
             group["lr"] = lr
         samples = [next(loader) for _ in range(plan.batches_of(step))]
@@ -93,6 +92,7 @@ def train(config: TrainConfig) -> Path:
                     save(run, model, "adapter_best")
             if (epoch + 1) % config.save_interval == 0 or ended:
                 save(run, model, f"epoch_{epoch}")
+                preview(run, config, model, data, fabric.device, DTYPES[precision], step)
             if time.monotonic() - saved > SECONDS_BETWEEN_STATES or ended:
                 saved = time.monotonic()
                 save(run, model, "adapter_last")
@@ -108,20 +108,14 @@ def train(config: TrainConfig) -> Path:
         run.record(**row)
     bar.close()
     elapsed += time.monotonic() - began
-    run.describe(
-        facts | {"steps": step, "seconds": round(elapsed, 1), "peak_memory_bytes": peak_memory(fabric.device)}
-    )
+    run.describe(facts | {"steps": step, "seconds": round(elapsed, 1), "peak_memory_bytes": peak_memory(fabric.device)})
     if run.writes:
-        draw(run, config, model, data, fabric.device, DTYPES[precision], step)
+        curves(run.folder / "metrics.csv", run.folder / "curves.png")
     best_or_last = run.folder / f"{'adapter_last' if np.isnan(best) else 'adapter_best'}.safetensors"
-    run.say(
-        f"{step} steps in {elapsed:.0f} s" + ("" if np.isnan(best) else f", best validation Dice {best:.4f}")
-    )
+    run.say(f"{step} steps in {elapsed:.0f} s" + ("" if np.isnan(best) else f", best validation Dice {best:.4f}"))
     run.say(f"adapter: {best_or_last}")
     base = "" if config.ckpt in (None, "random") else f" --ckpt {config.ckpt}"
-    run.say(
-        f"next: python test.py --volume_path {config.root_path} --lora_ckpt {best_or_last}{base} --is_savenii"
-    )
+    run.say(f"next: python test.py --volume_path {config.root_path} --lora_ckpt {best_or_last}{base} --is_savenii")
     run.close()
     return run.folder
 
@@ -205,9 +199,7 @@ def announce(
 def progress_bar(total: int, done: int, visible: bool):
     from tqdm import tqdm
 
-    return tqdm(
-        total=total, initial=done, desc="training", unit="step", dynamic_ncols=True, disable=not visible
-    )
+    return tqdm(total=total, initial=done, desc="training", unit="step", dynamic_ncols=True, disable=not visible)
 
 
 def validate(model: nn.Module, data: Data, device: torch.device, dtype: torch.dtype, run: Run) -> float:
@@ -236,7 +228,7 @@ def save(run: Run, model: nn.Module, name: str) -> None:
         save_adapter(model, run.folder / f"{name}.safetensors")
 
 
-def draw(
+def preview(
     run: Run,
     config: TrainConfig,
     model: nn.Module,
@@ -245,8 +237,9 @@ def draw(
     dtype: torch.dtype,
     step: int,
 ) -> None:
-    """Writes curves.png and preview.png: predictions on validation slices, else on training slices."""
-    curves(run.folder / "metrics.csv", run.folder / "curves.png")
+    """Draws predictions on a validation case, else on a training case, as preview.png and for TensorBoard."""
+    if not run.writes:
+        return
     slices = data.val or data.train
     first = [s for s in slices if s.case == slices[0].case]
     images, truths = (np.stack(arrays) for arrays in zip(*(read_slice(item.path) for item in first)))

@@ -23,6 +23,7 @@ from samlora.device import pick_device, pick_precision
 from samlora.errors import InputError
 from samlora.model import checkpoint
 from samlora.model.checkpoint import Spec
+from samlora.model.lora import translate_adapter
 from samlora.model.methods import SYSTEMS, build_model, named_system, system_row
 from samlora.model.sam import VARIANTS
 from samlora.options import make, read_yaml
@@ -39,16 +40,14 @@ def make_fabric(config: TrainConfig):
     device = pick_device(config.device)
     if device.type == "cuda" and config.n_gpu > torch.cuda.device_count():
         raise InputError(
-            f"--n_gpu {config.n_gpu}: there are {torch.cuda.device_count()} GPUs here; give that "
-            f"many or fewer"
+            f"--n_gpu {config.n_gpu}: there are {torch.cuda.device_count()} GPUs here; give that many or fewer"
         )
     strategy = config.strategy
     if config.n_gpu > 1 and strategy == "auto":
         strategy = "dp"
     if strategy == "dp" and device.type != "cuda":
         raise InputError(
-            f"--n_gpu {config.n_gpu}: data parallelism in one process needs GPUs; use --strategy "
-            f"ddp on {device.type}"
+            f"--n_gpu {config.n_gpu}: data parallelism in one process needs GPUs; use --strategy ddp on {device.type}"
         )
     precision = pick_precision(
         "fp16" if config.use_amp and device.type != "cpu" else "bf16" if config.use_amp else config.precision,
@@ -89,9 +88,7 @@ class Data:
 def load_data(config: TrainConfig) -> Data:
     """Finds, splits and checks the slices. Raises InputError naming the file or flag that is wrong."""
     if config.root_path is None:
-        raise InputError(
-            "--root_path is missing; give the folder of prepared data (samlora prepare makes one)"
-        )
+        raise InputError("--root_path is missing; give the folder of prepared data (samlora prepare makes one)")
     slices = find_slices(config.root_path, config.list_dir)
     recipe = _recipe(config)
     known = None if recipe is None else recipe.num_classes
@@ -150,14 +147,12 @@ def start_from(model: nn.Module, adapter: str) -> None:
     """Copies an adapter's weights into a new model. Raises InputError when it is of another kind."""
     tensors, spec = checkpoint.read_adapter(adapter)
     if spec is None:
-        model.load_state_dict(checkpoint.translate_adapter(model, tensors, adapter), strict=False)
+        model.load_state_dict(translate_adapter(model, tensors, adapter), strict=False)
         return
     for name in ("system", "variant", "rank", "lora_layers", "num_classes", "base_sha256"):
         ours, theirs = getattr(model.spec, name), getattr(spec, name)
         if ours != theirs:
-            raise InputError(
-                f"--lora_ckpt {adapter}: its {name} is {theirs}, this run's is {ours}; make them equal"
-            )
+            raise InputError(f"--lora_ckpt {adapter}: its {name} is {theirs}, this run's is {ours}; make them equal")
     checkpoint.load_trained(model, tensors, adapter)
 
 
@@ -225,9 +220,7 @@ def make_loader(config: TrainConfig, dataset: SliceDataset, batches: Batches, de
     workers = config.num_workers
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_list
-    )
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_list)
 
 
 def _as_list(samples: list[Sample]) -> list[Sample]:
@@ -256,8 +249,7 @@ def _run_problem(config: TrainConfig, folder: Path) -> str | None:
     if changed is None:
         return None
     return (
-        f"--{changed} {ours[changed]}: the run in {folder} began with {theirs[changed]}; "
-        f"resume it with its own options"
+        f"--{changed} {ours[changed]}: the run in {folder} began with {theirs[changed]}; resume it with its own options"
     )
 
 
@@ -272,9 +264,7 @@ def _comparable(config: TrainConfig) -> TrainConfig:
         val_interval=1,
         output="",
     )
-    return replace(
-        config, **free, root_path=None if config.root_path is None else str(Path(config.root_path))
-    )
+    return replace(config, **free, root_path=None if config.root_path is None else str(Path(config.root_path)))
 
 
 def restore(

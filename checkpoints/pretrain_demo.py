@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from samlora.model.checkpoint import resize_positions
 from samlora.model.sam import PATCH, VARIANTS, WINDOW, Sam, build_sam
+from samlora.model.tensors import write_tensors
 
 WORLDS = 16
 ORGANS = 8  # named shapes per world; as many textures with names in the tissue scenes

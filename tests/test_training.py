@@ -238,44 +238,24 @@ def test_published_plan_is_samed():
     )
 
 
-def test_two_processes_share_a_run(config, tmp_path, data, base):
-    """DDP over gloo on the CPU, launched from the command line."""
+@pytest.mark.parametrize("launcher", ["samlora", "torchrun"])
+def test_two_processes_share_a_run(tmp_path, data, base, launcher):
+    """DDP over gloo on the CPU, launched by Fabric and by torchrun."""
     import subprocess
     import sys
 
-    command = [
-        sys.executable,
-        "-m",
-        "samlora",
-        "train",
-        "--root_path",
-        str(data),
-        "--ckpt",
-        str(base),
-        "--num_classes",
-        "2",
-        "--img_size",
-        "64",
-    ]
-    command += [
-        "--batch_size",
-        "2",
-        "--max_epochs",
-        "1",
-        "--device",
-        "cpu",
-        "--n_gpu",
-        "2",
-        "--strategy",
-        "ddp",
-        "--output",
-        str(tmp_path / "ddp"),
-    ]
+    command = [sys.executable, "-m", "samlora"]
+    if launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "samlora"]
+    command += f"train --root_path {data} --ckpt {base} --num_classes 2 --img_size 64 --batch_size 2".split()
+    command += f"--max_epochs 1 --device cpu --val_cases case0001 --output {tmp_path / 'ddp'}".split()
+    if launcher == "samlora":
+        command += ["--n_gpu", "2", "--strategy", "ddp"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stderr[-3000:]
     (run,) = (tmp_path / "ddp").iterdir()
     assert json.loads((run / "run.json").read_text())["effective_batch"] == 4
-    assert not any(name.startswith("module.") for name in load_file(run / "adapter_last.safetensors"))
+    assert not any(name.startswith("module.") for name in load_file(run / "adapter_best.safetensors"))
 
 
 def test_options_round_trip(tmp_path):

@@ -34,25 +34,30 @@ FABRIC_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def make_fabric(config: TrainConfig):
-    """Lightning Fabric, launched, for one device, several, or several machines; and the precision's name."""
+    """Lightning Fabric, launched, for one device, several, or several machines; and the precision's name.
+
+    Under torchrun its processes are taken as they are, whatever --n_gpu and --num_nodes say.
+    Raises InputError for devices that are not there or cannot be used together.
+    """
     from lightning_fabric import Fabric
 
     device = pick_device(config.device)
-    if device.type == "cuda" and config.n_gpu > torch.cuda.device_count():
-        raise InputError(
-            f"--n_gpu {config.n_gpu}: there are {torch.cuda.device_count()} GPUs here; give that many or fewer"
-        )
-    strategy = config.strategy
-    if config.n_gpu > 1 and strategy == "auto":
+    count, nodes, strategy = config.n_gpu, config.num_nodes, config.strategy
+    if "LOCAL_WORLD_SIZE" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
+        count, strategy = int(os.environ["LOCAL_WORLD_SIZE"]), "ddp"
+        nodes = int(os.environ["WORLD_SIZE"]) // count
+    elif count > 1 and strategy == "auto":
         strategy = "dp"
+    if device.type == "cuda" and count > torch.cuda.device_count():
+        raise InputError(f"--n_gpu {count}: there are {torch.cuda.device_count()} GPUs here; give that many or fewer")
     if strategy == "dp" and device.type != "cuda":
         raise InputError(
-            f"--n_gpu {config.n_gpu}: data parallelism in one process needs GPUs; use --strategy ddp on {device.type}"
+            f"--n_gpu {count}: data parallelism in one process needs GPUs; use --strategy ddp on {device.type}"
         )
-    precision = pick_precision(
-        "fp16" if config.use_amp and device.type != "cpu" else "bf16" if config.use_amp else config.precision,
-        device,
-    )
+    wanted = config.precision
+    if config.use_amp:
+        wanted = "bf16" if device.type == "cpu" else "fp16"
+    precision = pick_precision(wanted, device)
     torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS sums in one order only with this
@@ -61,8 +66,8 @@ def make_fabric(config: TrainConfig):
         torch.set_float32_matmul_precision("high")
     fabric = Fabric(
         accelerator=device.type,
-        devices=config.n_gpu,
-        num_nodes=config.num_nodes,
+        devices=count,
+        num_nodes=nodes,
         strategy=strategy,
         precision=FABRIC_PRECISION[precision],
     )

@@ -8,10 +8,17 @@ from pathlib import Path
 from samlora.errors import InputError
 
 
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports a wrong flag as any other wrong input: in one line."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, or 2 after one line about input that cannot be used."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(prog="samlora", description="Adapt Segment Anything to medical images.")
+    parser = _Parser(prog="samlora", description="Adapt Segment Anything to medical images.")
     parser.add_argument("--version", action="version", version=f"samlora {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (summary, flags, _) in COMMANDS.items():
@@ -19,10 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         if arguments[:1] == [name]:
             flags(command)
-    given = vars(parser.parse_args(arguments))
-    run = COMMANDS[given.pop("command")][2]
     try:
-        run(given)
+        given = vars(parser.parse_args(arguments))
+        COMMANDS[given.pop("command")][2](given)
     except InputError as error:
         print(f"samlora: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """SAMed's exact numbers (see golden/inputs.py), through the public functions."""
 
 import importlib.util
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +82,17 @@ def test_logits(reference, golden_model, system, size, classes):
         torch.testing.assert_close(iou[0], torch.from_numpy(reference[f"{entry}_iou"]), atol=1e-4, rtol=0)
 
 
+@pytest.fixture
+def two_threads():
+    """The reference was made with two; the order of sums depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("system", ["samed", "samed_s"])
-def test_eight_training_steps(reference, golden_model, system):
+def test_eight_training_steps(reference, golden_model, system, two_threads):
     model = golden_model(system, 256, 3, zero_b=True).train()
     optimizer = make_optimizer(TrainConfig(base_lr=0.001), model, torch.device("cpu"))
     images = torch.stack([torch.from_numpy(inputs.image(i, 256)).expand(3, -1, -1) for i in (10, 11)])
@@ -97,7 +107,12 @@ def test_eight_training_steps(reference, golden_model, system):
         optimizer.zero_grad()
         losses.append([loss.item(), ce.item(), dice.item()])
         rates.append(learning_rate(step + 1, 0.001, 12, warmup_period=3))
-    np.testing.assert_allclose(losses, reference[f"{system}_train_losses"], atol=1e-5, rtol=0)
+    # At these rates AdamW amplifies rounding a thousandfold: one thread instead of two moves the last losses
+    # by 2e-4. Where the processor's arithmetic is another, the first steps alone can be compared that closely.
+    same_arithmetic = platform.machine() == "x86_64"
+    expected = reference[f"{system}_train_losses"]
+    np.testing.assert_allclose(losses[:3], expected[:3], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(losses, expected, atol=1e-5 if same_arithmetic else 1e-3, rtol=0)
     np.testing.assert_allclose(rates, reference[f"{system}_train_lrs"], rtol=1e-12)
     tensors = adapter_tensors(model)
     norms = [float(tensors[f"w_b_{i:03d}"].norm()) for i in range(24)]

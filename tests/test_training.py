@@ -109,16 +109,18 @@ def test_same_seed_same_bytes(config, tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_resumed_run_ends_in_the_same_bytes(config, tmp_path, optimizer):
-    config = replace(config, accumulate=2, val_cases=("case0002",), optimizer=optimizer)
+@pytest.mark.parametrize("stopped", [{"stop_epoch": 1}, {"max_iterations": 1}], ids=["epoch", "middle"])
+def test_a_resumed_run_ends_in_the_same_bytes(config, tmp_path, optimizer, stopped):
+    """Stopped after an epoch or in the middle of one, with accumulation and validation in between."""
+    config = replace(config, batch_size=2, accumulate=2, val_cases=("case0002",), optimizer=optimizer)
     whole = train(replace(config, output=str(tmp_path / "whole")))
     begun = replace(config, output=str(tmp_path / "parts"))
-    train(replace(begun, stop_epoch=1))
+    train(replace(begun, **stopped))
     parts = train(replace(begun, resume=True))
-    assert (whole / "adapter_last.safetensors").read_bytes() == (
-        parts / "adapter_last.safetensors"
-    ).read_bytes()
-    assert (whole / "metrics.csv").read_text() == (parts / "metrics.csv").read_text()
+    for name in ("adapter_last", "epoch_1"):
+        assert (whole / f"{name}.safetensors").read_bytes() == (parts / f"{name}.safetensors").read_bytes()
+    steps = [path.read_text().splitlines() for path in (whole / "metrics.csv", parts / "metrics.csv")]
+    assert len(steps[0]) == 5 and steps[0][2:] == steps[1][2:]  # the first step's row has a validation more
 
 
 def test_resume_before_anything_was_saved_starts_and_says_so(config, capsys):

@@ -36,7 +36,7 @@ from samlora.training.setup import (
     restore,
 )
 
-SECONDS_BETWEEN_STATES = 60
+SECONDS_BETWEEN_STATES = 120
 
 
 def train(config: TrainConfig) -> Path:
@@ -93,19 +93,19 @@ def train(config: TrainConfig) -> Path:
             if (epoch + 1) % config.save_interval == 0 or ended:
                 save(run, model, f"epoch_{epoch}")
                 preview(run, config, model, data, fabric.device, DTYPES[precision], step)
-            if time.monotonic() - saved > SECONDS_BETWEEN_STATES or ended:
-                saved = time.monotonic()
-                save(run, model, "adapter_last")
-                run.save_state(
-                    {
-                        "step": step,
-                        "best": best,
-                        "elapsed": elapsed + saved - began,
-                        "model": adapter_tensors(model),
-                        "optimizer": optimizer.state_dict(),
-                    }
-                )
         run.record(**row)
+        if time.monotonic() - saved > SECONDS_BETWEEN_STATES or ended:
+            saved = time.monotonic()
+            save(run, model, "adapter_last")
+            run.save_state(
+                {
+                    "step": step,
+                    "best": best,
+                    "elapsed": elapsed + saved - began,
+                    "model": adapter_tensors(model),
+                    "optimizer": optimizer.state_dict(),
+                }
+            )
     bar.close()
     elapsed += time.monotonic() - began
     run.describe(facts | {"steps": step, "seconds": round(elapsed, 1), "peak_memory_bytes": peak_memory(fabric.device)})

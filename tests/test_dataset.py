@@ -6,7 +6,7 @@ import pytest
 from samlora.data.dataset import (
     Batches,
     SliceDataset,
-    check_labels,
+    check_slices,
     find_slices,
     find_volumes,
     fingerprint,
@@ -46,8 +46,10 @@ def test_found_with_and_without_lists(folder):
     )
 
 
-def test_labels_are_counted(folder):
-    assert check_labels(find_slices(folder), 3).tolist() == [12 * 48, 0, 12 * 16, 0]
+def test_contents_are_counted(folder):
+    contents = check_slices(find_slices(folder), 3)
+    assert contents.pixels.tolist() == [12 * 48, 0, 12 * 16, 0]
+    assert 0 <= contents.low < 0.1 and 0.9 < contents.high <= 1
 
 
 def test_cases_stay_whole(folder):
@@ -120,7 +122,7 @@ def test_bad_files_are_named_before_training(folder, name):
     spoil, words = ERRORS[name]
     spoil(folder)
     with pytest.raises(InputError) as error:
-        check_labels(find_slices(folder), 3)
+        check_slices(find_slices(folder), 3)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 

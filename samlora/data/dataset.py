@@ -43,8 +43,7 @@ def data_folder(root: str | Path, inner: str, flag: str) -> Path:
     root = Path(root)
     if not root.is_dir():
         raise MissingFileError(
-            f"{flag} {root}: there is no such folder; make it with: samlora prepare SRC -o {root} "
-            f"--dataset NAME"
+            f"{flag} {root}: there is no such folder; make it with: samlora prepare SRC -o {root} --dataset NAME"
         )
     return root / inner if (root / inner).is_dir() else root
 
@@ -55,15 +54,13 @@ def _listed(folder: Path, list_dir: str | Path | None, list_name: str, ending: s
         found = sorted(p for p in folder.glob(f"*{ending}") if not p.name.startswith("."))
         if not found:
             raise InputError(
-                f"{folder}: holds no {what} (*{ending}); make some with: samlora prepare SRC -o DST "
-                f"--dataset NAME"
+                f"{folder}: holds no {what} (*{ending}); make some with: samlora prepare SRC -o DST --dataset NAME"
             )
         return found
     listing = Path(list_dir) / list_name
     if not listing.is_file():
         raise MissingFileError(
-            f"--list_dir {list_dir}: there is no {list_name} in it; leave --list_dir out to use the "
-            f"whole folder"
+            f"--list_dir {list_dir}: there is no {list_name} in it; leave --list_dir out to use the whole folder"
         )
     names = [line.strip() for line in listing.read_text().splitlines() if line.strip()]
     paths = [folder / f"{name}{ending}" for name in names]
@@ -71,8 +68,7 @@ def _listed(folder: Path, list_dir: str | Path | None, list_name: str, ending: s
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise MissingFileError(
-            f"{listing}: names {missing[0].name}{more}, which is not in {folder}; correct the list "
-            f"or the folder"
+            f"{listing}: names {missing[0].name}{more}, which is not in {folder}; correct the list or the folder"
         )
     if not paths:
         raise InputError(f"{listing}: is empty; put one name a line into it or leave --list_dir out")
@@ -85,9 +81,7 @@ def find_slices(root: str | Path, list_dir: str | Path | None = None) -> list[Sl
     The case of `case0005_slice000.npz` is case0005; a name without `_slice` is its own case.
     Raises MissingFileError or InputError when there are none.
     """
-    paths = _listed(
-        data_folder(root, "train_npz", "--root_path"), list_dir, "train.txt", ".npz", "training slices"
-    )
+    paths = _listed(data_folder(root, "train_npz", "--root_path"), list_dir, "train.txt", ".npz", "training slices")
     return [SliceFile(path, path.stem.rsplit("_slice", 1)[0]) for path in paths]
 
 
@@ -109,14 +103,23 @@ def find_volumes(root: str | Path, list_dir: str | Path | None = None) -> list[P
     )
 
 
-def check_labels(slices: Sequence[SliceFile], num_classes: int, threads: int = 4) -> np.ndarray:
-    """Reads every label once; returns the pixels of each class, (num_classes + 1,) int64.
+@dataclass(frozen=True)
+class Contents:
+    """What a set of slices holds: pixels of each class, background first, and the range of image values."""
+
+    pixels: np.ndarray
+    low: float
+    high: float
+
+
+def check_slices(slices: Sequence[SliceFile], num_classes: int, threads: int = 4) -> Contents:
+    """Reads every slice once and says what they hold.
 
     Raises InputError naming the first file with a label outside 0..num_classes, or one that cannot be read.
     """
 
-    def count(item: SliceFile) -> np.ndarray:
-        label = read_slice(item.path)[1]
+    def read(item: SliceFile) -> tuple[np.ndarray, float, float]:
+        image, label = read_slice(item.path)
         low, high = int(label.min()), int(label.max())
         if low < 0 or high > num_classes:
             outside = [int(v) for v in np.unique(label) if v < 0 or v > num_classes]
@@ -126,10 +129,12 @@ def check_labels(slices: Sequence[SliceFile], num_classes: int, threads: int = 4
                 f"to the number "
                 f"of foreground classes, or prepare the data with a label map"
             )
-        return np.bincount(label.ravel().astype(np.int64), minlength=num_classes + 1)
+        pixels = np.bincount(label.ravel().astype(np.int64), minlength=num_classes + 1)
+        return pixels, float(image.min()), float(image.max())
 
     with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(count, slices))
+        pixels, lows, highs = zip(*pool.map(read, slices))
+    return Contents(sum(pixels), min(lows), max(highs))
 
 
 def split_cases(
@@ -149,17 +154,14 @@ def split_cases(
         )
     if not 0 <= val_fraction < 1:
         raise InputError(
-            f"--val_fraction {val_fraction} is not possible; give a share of the cases from 0 up "
-            f"to, not including, 1"
+            f"--val_fraction {val_fraction} is not possible; give a share of the cases from 0 up to, not including, 1"
         )
     chosen = set(val_cases)
     if not chosen and val_fraction:
         count = max(1, round(val_fraction * len(cases)))
         chosen = set(np.random.default_rng([seed, 1]).permutation(cases)[:count].tolist())
     if chosen == set(cases):
-        raise InputError(
-            f"validation takes all {len(cases)} cases and leaves none to train on; name fewer cases"
-        )
+        raise InputError(f"validation takes all {len(cases)} cases and leaves none to train on; name fewer cases")
     return [s for s in slices if s.case not in chosen], [s for s in slices if s.case in chosen]
 
 

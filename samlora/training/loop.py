@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from samlora.data.augment import make_batch
-from samlora.data.dataset import Batches, Sample, SliceDataset, fingerprint, read_geometry
+from samlora.data.dataset import Batches, Sample, SliceDataset, data_folder, fingerprint, read_geometry
 from samlora.data.grid import Case
 from samlora.data.volume import read_slice
 from samlora.device import DTYPES, device_name, peak_memory
@@ -115,7 +115,9 @@ def train(config: TrainConfig) -> Path:
     run.say(f"{step} steps in {elapsed:.0f} s" + ("" if np.isnan(best) else f", best validation Dice {best:.4f}"))
     run.say(f"adapter: {best_or_last}")
     base = "" if config.ckpt in (None, "random") else f" --ckpt {config.ckpt}"
-    run.say(f"next: python test.py --volume_path {config.root_path} --lora_ckpt {best_or_last}{base} --is_savenii")
+    volumes = data_folder(config.root_path, "train_npz", "--root_path").parent / "test_vol_h5"
+    where = volumes if volumes.is_dir() else "FOLDER_OF_TEST_VOLUMES"
+    run.say(f"next: python test.py --volume_path {where} --lora_ckpt {best_or_last}{base} --is_savenii")
     run.close()
     return run.folder
 
@@ -179,9 +181,14 @@ def announce(
         f"device {device_name(device)}, {precision}"
     )
     run.say(f"run folder {run.folder}" + (f", continued at step {step}" if step else ""))
-    for index in np.flatnonzero(data.pixels == 0):
+    for index in np.flatnonzero(data.contents.pixels == 0):
         name = "background" if index == 0 else spec.class_names[index - 1]
         run.say(f"warning: {name} (label {index}) occurs in no training slice and cannot be learned")
+    low, high = data.contents.low, data.contents.high
+    if low < -1 or high > 2:
+        run.say(
+            f"warning: image values go from {low:g} to {high:g}, but SAMed's are about 0 to 1; prepare the data again"
+        )
     return {
         "effective_batch": plan.effective_batch,
         "seed": config.seed,

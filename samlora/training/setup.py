@@ -4,16 +4,16 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from samlora.data.dataset import (
     Batches,
+    Contents,
     Sample,
     SliceDataset,
     SliceFile,
-    check_labels,
+    check_slices,
     data_folder,
     find_slices,
     split_cases,
@@ -77,17 +77,14 @@ def make_fabric(config: TrainConfig):
 
 @dataclass
 class Data:
-    """The slices of a run and what is known about them.
-
-    pixels: of each class, background first, in the training slices.
-    """
+    """The slices of a run and what is known about them; contents: of the training slices."""
 
     train: list[SliceFile]
     val: list[SliceFile]
     num_classes: int
     class_names: tuple[str, ...] | None
     recipe: dict | None
-    pixels: np.ndarray
+    contents: Contents
 
 
 def load_data(config: TrainConfig) -> Data:
@@ -104,11 +101,11 @@ def load_data(config: TrainConfig) -> Data:
         )
     num_classes = config.num_classes or known or 8
     train, val = split_cases(slices, config.val_cases, config.val_fraction, config.seed)
-    pixels = check_labels(train, num_classes)
+    contents = check_slices(train, num_classes)
     if val:
-        check_labels(val, num_classes)
+        check_slices(val, num_classes)
     names = tuple(recipe.classes) if known else None
-    return Data(train, val, num_classes, names, None if recipe is None else recipe.to_dict(), pixels)
+    return Data(train, val, num_classes, names, None if recipe is None else recipe.to_dict(), contents)
 
 
 def _recipe(config: TrainConfig) -> Recipe | None:

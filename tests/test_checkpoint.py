@@ -164,6 +164,8 @@ def test_errors(base, tmp_path, capsys):
     load = lambda name, b=base: lambda: samlora.load_model(tmp_path / name, base=b)  # noqa: E731
     newer = json.dumps({"format_version": 99, "samlora_version": "9.9"})
     edited(good, tmp_path / "newer.safetensors", lambda t: None, {"samlora": newer})
+    edited(good, tmp_path / "nojson.safetensors", lambda t: None, {"samlora": "{half"})
+    edited(good, tmp_path / "flat.safetensors", lambda t: t.update(w_a_000=torch.zeros(8)), {"a": "b"})
     edited(good, tmp_path / "lacks.safetensors", lambda t: t.pop("w_a_000"))
     edited(good, tmp_path / "more.safetensors", lambda t: t.update(w_a_999=torch.zeros(1)))
     edited(good, tmp_path / "misshapen.safetensors", lambda t: t.update(w_a_000=torch.zeros(5, 192)))
@@ -181,6 +183,8 @@ def test_errors(base, tmp_path, capsys):
         (load("none.safetensors"), "none.safetensors", "no adapter"),
         (load("cut.safetensors"), "cut.safetensors", "fetch or save it again"),
         (load("newer.safetensors"), "newer.safetensors", "upgrade"),
+        (load("nojson.safetensors"), "nojson.safetensors", "description is damaged"),
+        (load("flat.safetensors"), "flat.safetensors", "fit no SAM variant"),
         (load("lacks.safetensors"), "lacks.safetensors", "lacks w_a_000"),
         (load("more.safetensors"), "more.safetensors", "unexpected w_a_999"),
         (load("misshapen.safetensors"), "misshapen.safetensors", "(5, 192)"),

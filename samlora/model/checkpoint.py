@@ -220,16 +220,16 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], Spec | Non
                 f"{path}: is not an adapter: it has neither samlora's description nor LoRA factors (w_a_000)"
             )
         return tensors, None
-    description = json.loads(metadata["samlora"])
+    try:
+        description = dict(json.loads(metadata["samlora"]))
+    except (ValueError, TypeError):
+        description = {}
     if description.get("format_version", 0) > FORMAT_VERSION:
-        raise InputError(
-            f"{path}: was written by samlora {description.get('samlora_version')}, newer than this one; upgrade samlora"
-        )
-    known = {field.name for field in fields(Spec)}
-    if set(description) != known:
-        raise InputError(
-            f"{path}: its description is damaged (fields {sorted(set(description) ^ known)}); save it again"
-        )
+        written = description.get("samlora_version")
+        raise InputError(f"{path}: was written by samlora {written}, newer than this one; upgrade samlora")
+    wrong = description.keys() ^ {field.name for field in fields(Spec)}
+    if wrong:
+        raise InputError(f"{path}: its description is damaged ({', '.join(sorted(wrong))}); save it again")
     for name in ("lora_layers", "class_names"):
         description[name] = tuple(description[name])
     return tensors, Spec(**description)
@@ -240,7 +240,7 @@ def guess_spec(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict:
 
     num_classes is None for plain LoRA files: they go with the base's own decoder.
     """
-    rank, width = tensors["w_a_000"].shape
+    rank, width = tensors["w_a_000"].shape if tensors["w_a_000"].ndim == 2 else (0, 0)
     variant = next((name for name, v in VARIANTS.items() if v.width == width), None)
     pairs = sum(name.startswith("w_a_") for name in tensors)
     if variant is None or pairs != 2 * VARIANTS[variant].depth:

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel
 import numpy as np
 from scipy.ndimage import gaussian_filter, zoom
 
-from samlora.files import whole
+from samlora.data.grid import Volume
+from samlora.data.volume import write_volume
 
 ORGANS = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
 BTCV_IDS = (1, 2, 3, 4, 6, 7, 8, 11)  # what BTCV's own label files call classes 1..8
@@ -392,9 +392,6 @@ def write_cases(
     for case in range(1, count + 1):
         hu, labels, affine = abdomen(seed * 10_000 + case, shape, spacing)
         for kind, array in (("img", hu), ("label", ids[labels])):
-            image = nibabel.Nifti1Image(array, affine)
-            image.header.set_xyzt_units("mm")
-            with whole(folder / kind / f"{kind}{case:04d}.nii.gz") as path:
-                nibabel.save(image, path)
+            write_volume(Volume(array, affine, 1, 1), folder / kind / f"{kind}{case:04d}.nii.gz")
         images.append(folder / "img" / f"img{case:04d}.nii.gz")
     return images

@@ -185,7 +185,7 @@ def announce(
         name = "background" if index == 0 else spec.class_names[index - 1]
         run.say(f"warning: {name} (label {index}) occurs in no training slice and cannot be learned")
     low, high = data.contents.low, data.contents.high
-    if low < -1 or high > 2:
+    if low < -3 or high > 3:
         run.say(
             f"warning: image values go from {low:g} to {high:g}, but SAMed's are about 0 to 1; prepare the data again"
         )

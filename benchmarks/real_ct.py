@@ -4,7 +4,7 @@ Prepares the CT of one patient (TotalSegmentator's example, 112 slices of 122 x 
 `vit_ti` on it, and tests on 20 slices (512 x 512) of another patient, read as DICOM under its NIfTI labels.
 The same with random weights instead of the demo base. Everything but the base is equal: seed, slices, steps.
 
-    python benchmarks/real_ct.py --data FOLDER [--steps 300]
+    python benchmarks/real_ct.py --data FOLDER [--steps 200]
 
 FOLDER holds ct_abdomen/ and dicom_ct/ (see the project's tests). Writes benchmarks/results/real_ct.json.
 """
@@ -30,6 +30,7 @@ from samlora.training.loop import train
 from samlora.training.run import commit, versions
 
 ROOT = Path(__file__).resolve().parent.parent
+BATCH = 8
 RECIPE = ROOT / "tests" / "datasets" / "ct_abdomen.yaml"
 
 
@@ -49,15 +50,16 @@ def prepare_patients(data: Path, folder: Path) -> Path:
     return folder / "data"
 
 
-def adapt(data: Path, folder: Path, ckpt: str | None, steps: int, epochs: int = 40) -> dict:
+def adapt(data: Path, folder: Path, ckpt: str | None, steps: int) -> dict:
     """Trains and tests once; returns Dice per organ and overall (strict), and the seconds of both."""
+    epochs = -(-steps * BATCH // len(list((data / "train_npz").iterdir())))
     config = TrainConfig(
         root_path=str(data),
         output=str(folder / "run"),
         dataset="real_ct",
         vit_name="vit_ti",
         ckpt=ckpt,
-        batch_size=8,
+        batch_size=BATCH,
         max_epochs=epochs,
         stop_epoch=epochs,
         max_iterations=steps,
@@ -96,7 +98,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=os.environ.get("SAMLORA_DATA") or ROOT.parent / "shared" / "data"
     )
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument(
         "--folder",
         type=Path,

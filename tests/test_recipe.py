@@ -144,3 +144,32 @@ def test_importing_recipes_loads_no_heavy_library():
     heavy = "{'torch', 'nibabel', 'SimpleITK', 'h5py', 'scipy', 'tqdm', 'monai'}"
     code = f"import sys, samlora.data.recipe, samlora.data.prepare; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def body_recipe(**changes):
+    return Recipe(name="x", modality="ct", window=(-125, 275), crop="body", **changes)
+
+
+@pytest.mark.parametrize("size", [60, 512])
+def test_the_body_is_found_without_table_and_arms(size):
+    stack = np.zeros((3, size, size), np.float32)
+    unit = size // 20
+    stack[:, 5 * unit : 12 * unit, 6 * unit : 15 * unit] = 0.5  # the body
+    stack[:, 7 * unit : 9 * unit, unit : 2 * unit] = 0.5  # an arm
+    stack[:, 15 * unit, :] = 0.9  # the table, a line
+    top, bottom, left, right = body_recipe().crop_box(stack)
+    slack = 2 * max(1, size // 128)
+    for found, wanted in ((top, 5), (left, 6)):
+        assert wanted * unit - slack <= found <= wanted * unit
+    for found, wanted in ((bottom, 12), (right, 15)):
+        assert wanted * unit <= found <= wanted * unit + slack
+    assert body_recipe().crop_box(np.zeros((2, 8, 8))) is None
+    assert Recipe(name="x", modality="ct", window=(-125, 275)).crop_box(stack) is None
+
+
+def test_another_crop_is_another_recipe():
+    assert body_recipe().differences(body_recipe()) == []
+    (difference,) = body_recipe().differences(Recipe(name="x", modality="ct", window=(-125, 275)))
+    assert "crop" in difference
+    with pytest.raises(InputError, match="crop 'head'"):
+        Recipe(name="x", modality="ct", window=(-125, 275), crop="head")

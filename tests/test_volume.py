@@ -1,5 +1,6 @@
 """Volumes keep their place in space, whatever is done to them; broken files give one line that names them."""
 
+import dataclasses
 import gzip
 import itertools
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from samlora.data.grid import Case, Volume, case_to_volume, match_grid, reorient
+from samlora.data.grid import Case, Geometry, Volume, case_to_volume, match_grid, reorient
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_case, read_slice, read_volume, write_case, write_slice, write_volume
 from samlora.errors import InputError, MissingFileError
@@ -284,3 +285,20 @@ def test_slices_are_shown_front_up_and_the_right_side_left(axes, flip_ud, flip_l
     case = Case(np.zeros((5, 6, 4)), None, volume.geometry(None, 2))
     assert case.display == {"flip_ud": flip_ud, "flip_lr": flip_lr, "aspect": 2.0}
     assert Case(np.zeros((5, 6, 4))).display == {"flip_ud": False, "flip_lr": False, "aspect": 1.0}
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "PIR", "SAL"])
+@pytest.mark.parametrize("slice_axis", [0, 1, 2])
+def test_cropped_slices_find_back_onto_the_whole_grid(axes, slice_axis):
+    array = np.zeros((6, 7, 8), np.uint8)
+    array[2:4, 3:5, 2:6] = np.arange(1, 17).reshape(2, 2, 4)
+    volume = Volume(array, np.diag([1.0, 2.0, 3.0, 1.0]))
+    turned = reorient(volume, axes)
+    stack = turned.array.transpose((slice_axis, *(a for a in (2, 1, 0) if a != slice_axis)))
+    rows, columns = (np.flatnonzero(stack.any(axis=axis)) for axis in ((0, 2), (0, 1)))
+    box = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    geometry = dataclasses.replace(volume.geometry(axes, slice_axis), box=box)
+    assert Geometry.from_dict(geometry.to_dict()).box == box
+    cropped = stack[:, box[0] : box[1], box[2] : box[3]]
+    back = case_to_volume(Case(cropped, None, geometry), cropped)
+    assert np.array_equal(back.array, array) and np.array_equal(back.affine, volume.affine)

@@ -19,7 +19,8 @@ _SAME_VOXEL = 0.1  # voxels: headers are rounded to float32 or to a few digits, 
 class Geometry:
     """The grid a stack of slices was cut from: shape (i, j, k), affine (voxel -> RAS mm), the NIfTI codes.
 
-    `orientation` are the axis codes the array had when it was cut along its axis `slice_axis`.
+    `orientation` are the axis codes the array had when it was cut along its axis `slice_axis`. `box` is the part
+    of every slice that was kept, (first row, last row + 1, first column, last column + 1); None for all of it.
     """
 
     shape: tuple[int, int, int]
@@ -29,18 +30,22 @@ class Geometry:
     sform_code: int
     orientation: str
     slice_axis: int
+    box: tuple[int, int, int, int] | None = None
 
     def to_dict(self) -> dict:
         """The geometry as values that JSON can hold; `from_dict` takes them back exactly."""
         arrays = {"affine": self.affine, "qform": self.qform}
         values = {key: None if array is None else array.tolist() for key, array in arrays.items()}
-        return dataclasses.asdict(self) | values | {"shape": list(self.shape)}
+        box = None if self.box is None else list(self.box)
+        return dataclasses.asdict(self) | values | {"shape": list(self.shape), "box": box}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Geometry":
         """The geometry that `to_dict` described; raises KeyError, TypeError or ValueError otherwise."""
         values = dict(values, shape=tuple(int(n) for n in values["shape"]))
         values["affine"] = np.asarray(values["affine"], np.float64).reshape(4, 4)
+        if values.get("box") is not None:
+            values["box"] = tuple(int(n) for n in values["box"])
         if values["qform"] is not None:
             values["qform"] = np.asarray(values["qform"], np.float64).reshape(4, 4)
         return cls(**values)
@@ -174,6 +179,10 @@ def case_to_volume(case: Case, stack: np.ndarray) -> Volume:
         return Volume(stack.transpose(2, 1, 0), np.eye(4), path=case.name)
     g = case.geometry
     order, flips = _arrangement(g.affine, g.orientation)
+    if g.box is not None:  # what was cut off comes back as background
+        top, bottom, left, right = g.box
+        _, rows, columns = (g.shape[order[axis]] for axis in slice_order(g.slice_axis))
+        stack = np.pad(stack, ((0, 0), (top, rows - bottom), (left, columns - right)))
     array = stack.transpose(np.argsort(slice_order(g.slice_axis)))
     array = np.flip(array, np.flatnonzero(flips)).transpose(np.argsort(order))
     if array.shape != tuple(g.shape):

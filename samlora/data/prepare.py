@@ -151,6 +151,10 @@ def _prepare_case(job: _Job) -> dict:
         raise InputError(f"{pair.image}: {error}") from None
     images = recipe.to_slices(dataclasses.replace(image, array=values))
     labels = recipe.to_slices(mapped)
+    geometry = dataclasses.replace(geometry, box=recipe.crop_box(images))
+    if geometry.box is not None:
+        top, bottom, left, right = geometry.box
+        images, labels = (np.ascontiguousarray(x[:, top:bottom, left:right]) for x in (images, labels))
     _remove(job.destination, name)
     if job.split == "test":
         files = [f"test_vol_h5/{name}.npy.h5"]

@@ -19,9 +19,10 @@ from samlora.files import shipped
 
 MODALITIES = ("ct", "mr", "image")
 KEEP = ("all", "foreground")
+CROPS = (None, "body")
 # What a model sees and what its outputs mean. The rest (name, label values, split, which slices were kept)
 # may differ between the data of training and those of prediction.
-_SEEN = ("modality", "window", "percentiles", "orientation", "slice_axis", "size", "classes")
+_SEEN = ("modality", "window", "percentiles", "orientation", "slice_axis", "crop", "size", "classes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Recipe:
     window: (low, high), mapped to 0..1 and clipped; HU for CT. percentiles: the same with the (low, high)
     percentiles of a volume's non-zero voxels. An "image" needs neither: 8 or 16 bit, or 0..1 already.
     orientation: axis codes a volume is turned to, e.g. "LPS"; None leaves it as stored. slice_axis: the axis
-    of that array which is cut. size: training slices become (size, size); None keeps theirs.
+    of that array which is cut. crop: "body" keeps the rectangle of the slices that holds the body, so that fields of
+    view of different size look alike; None keeps all. size: training slices become (size, size); None keeps theirs.
     classes: foreground names, class 1 first; label_values: per class its values in the label files. Both
     empty: taken from the data when they are prepared. test_cases: names. keep: "all" slices for training, or
     those with "foreground". Raises InputError for values that contradict this.
@@ -43,6 +45,7 @@ class Recipe:
     percentiles: tuple[float, float] | None = None
     orientation: str | None = None
     slice_axis: int = 2
+    crop: str | None = None
     size: int | None = None
     classes: tuple[str, ...] = ()
     label_values: tuple[tuple[int, ...], ...] = ()
@@ -159,6 +162,25 @@ class Recipe:
         turned = volume if self.orientation is None else reorient(volume, self.orientation)
         return np.ascontiguousarray(turned.array.transpose(slice_order(self.slice_axis)))
 
+    def crop_box(self, stack: np.ndarray) -> tuple[int, int, int, int] | None:
+        """What `crop` keeps of a normalised stack (D, H, W): (top, bottom, left, right), ends excluded; None for all.
+
+        The body is the largest connected part, in 3D, of what is above a twentieth of the value range, after an
+        opening that cuts off the table and what lies beside the body; found on a grid of about 128 pixels a side.
+        """
+        if self.crop is None:
+            return None
+        from scipy.ndimage import binary_opening, find_objects, label
+
+        step = max(1, max(stack.shape[1:]) // 128)
+        parts, count = label(binary_opening(stack[:, ::step, ::step] > 0.05, np.ones((1, 3, 3))))
+        if not count:
+            return None
+        largest = int(np.bincount(parts.ravel())[1:].argmax()) + 1
+        _, *kept = find_objects(parts)[largest - 1]
+        ends = [(max(0, k.start * step - step), min(n, k.stop * step + step)) for k, n in zip(kept, stack.shape[1:])]
+        return (*ends[0], *ends[1])
+
     def _limits(self, array: np.ndarray) -> tuple[float, float]:
         if self.window is not None:
             return self.window
@@ -188,7 +210,7 @@ class Recipe:
         return low, high
 
     def _check(self) -> None:
-        allowed = {"modality": MODALITIES, "keep": KEEP, "slice_axis": (0, 1, 2)}
+        allowed = {"modality": MODALITIES, "keep": KEEP, "crop": CROPS, "slice_axis": (0, 1, 2)}
         for key, values in allowed.items():
             if getattr(self, key) not in values:
                 raise InputError(f"{key} {getattr(self, key)!r}: allowed is {', '.join(map(str, values))}")

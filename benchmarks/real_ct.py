@@ -82,8 +82,10 @@ def adapt(data: Path, folder: Path, ckpt: str | None, steps: int) -> dict:
         )
     )["strict"]
     organs = Recipe.load(RECIPE).classes
+    there = [c["dice"]["mean"] for c in summary["classes"].values() if c["reference_ml"]["mean"] > 0]
     return {
-        "dice": summary["overall"]["dice"]["mean"],
+        "dice_of_organs_there": float(np.mean(there)),
+        "dice_of_all": summary["overall"]["dice"]["mean"],
         "dice_per_organ": {
             organs[label - 1]: figures["dice"]["mean"] for label, figures in summary["classes"].items()
         },
@@ -112,7 +114,7 @@ def main() -> None:
         for name, ckpt in (("demo_base", None), ("random_base", "random"))
     }
     record = {
-        "what": "vit_ti adapted to one CT, tested on another patient; mean Dice of the organs there, strict",
+        "what": "vit_ti adapted to one CT, tested on another patient, in whom three of the eight organs are out of view",
         "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": versions(),
         "commit": commit(),
@@ -122,9 +124,9 @@ def main() -> None:
     (ROOT / "benchmarks" / "results" / "real_ct.json").write_text(text + "\n")
     for name, result in results.items():
         print(
-            f"{name}: Dice {result['dice']:.3f} after {result['steps']} steps in {result['train_seconds']} s"
+            f"{name}: Dice {result['dice_of_organs_there']:.3f} after {result['steps']} steps in {result['train_seconds']} s"
         )
-    print(f"difference {np.subtract(results['demo_base']['dice'], results['random_base']['dice']):+.3f}")
+    print(f"difference {np.subtract(*(results[name]['dice_of_organs_there'] for name in results)):+.3f}")
 
 
 if __name__ == "__main__":

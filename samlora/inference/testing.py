@@ -33,7 +33,8 @@ def test(config: TestConfig) -> dict[str, dict]:
     """Predicts and measures every volume; returns policy -> summary over cases.
 
     Writes metrics.csv (case x class), summary.json, log.txt, overlays/CASE.png and, if asked, NIfTI files into
-    `output_dir`. Raises InputError for files and options that do not fit together, before anything is written.
+    `output_dir`. Raises InputError for files and options that do not fit together; for a volume that does not fit
+    the adapter when its turn comes, and what was written for earlier ones stays.
     """
     import torch
 

@@ -48,9 +48,7 @@ def edited(source, target, change, metadata=None):
 
 @pytest.mark.parametrize("system", ["samed", "samed_s"])
 def test_save_load_predict_is_bit_identical(base, tmp_path, system):
-    model = trained(
-        base, system, rank=3, class_names=["liver", "tumour"], recipe={"name": "x", "window": [0, 1]}
-    )
+    model = trained(base, system, rank=3, class_names=["liver", "tumour"], recipe={"name": "x", "window": [0, 1]})
     samlora.save_adapter(model, tmp_path / "a.safetensors")
     again = samlora.load_model(tmp_path / "a.safetensors", base=base)
     assert again.spec == model.spec
@@ -64,9 +62,7 @@ def test_a_file_holds_what_was_trained_and_only_that(base, tmp_path):
     samlora.save_adapter(model, tmp_path / "a.safetensors")
     sizes = sum(t.numel() for t in load_file(tmp_path / "a.safetensors").values())
     assert sizes == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert not any(
-        "image_encoder" in n or "iou_prediction" in n for n in load_file(tmp_path / "a.safetensors")
-    )
+    assert not any("image_encoder" in n or "iou_prediction" in n for n in load_file(tmp_path / "a.safetensors"))
 
 
 def test_random_base_is_rebuilt_from_its_seed(tmp_path):
@@ -151,9 +147,7 @@ def test_errors(base, tmp_path, capsys):
     other = tmp_path / "other.pth"
     torch.save({n: t + 1 for n, t in state.items()}, other)
     torch.save(Evil(), tmp_path / "evil.pth")
-    torch.save(
-        {k: v for k, v in state.items() if k != "image_encoder.neck.0.weight"}, tmp_path / "missing.pth"
-    )
+    torch.save({k: v for k, v in state.items() if k != "image_encoder.neck.0.weight"}, tmp_path / "missing.pth")
     torch.save(state | {"extra": torch.zeros(1)}, tmp_path / "extra.pth")
     torch.save(state | {"image_encoder.neck.0.weight": torch.zeros(1)}, tmp_path / "shape.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "nosam.pth")
@@ -208,3 +202,17 @@ def test_missing_default_base_names_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MissingFileError, match="samlora download vit_h"):
         samlora.build_model("samed_h")
+
+
+def test_the_demo_base_is_vit_tis_default(tmp_path, monkeypatch, recwarn):
+    monkeypatch.chdir(tmp_path)  # found beside the package, not in the current folder
+    model = samlora.build_model("samed", variant="vit_ti", num_classes=2)
+    assert (model.spec.base, model.spec.image_size) == (checkpoint.DEMO_FILE, 256) and not recwarn.list
+    file = checkpoint.find_base("vit_ti")
+    assert file.stat().st_size <= 24e6
+    assert {t.dtype for t in checkpoint.read_tensors(file)[0].values()} == {torch.float16}
+    samlora.save_adapter(model, tmp_path / "a.safetensors")
+    again = samlora.load_model(tmp_path / "a.safetensors")
+    x = torch.rand(1, 3, 256, 256)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))

@@ -114,7 +114,7 @@ def main() -> None:
         for name, ckpt in (("demo_base", None), ("random_base", "random"))
     }
     record = {
-        "what": "vit_ti adapted to one CT, tested on another patient, in whom three of the eight organs are out of view",
+        "what": "vit_ti adapted to one CT, tested on another patient; three of the eight organs are out of view there",
         "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": versions(),
         "commit": commit(),
@@ -123,9 +123,8 @@ def main() -> None:
     text = json.dumps(record, indent=2).replace("NaN", "null")
     (ROOT / "benchmarks" / "results" / "real_ct.json").write_text(text + "\n")
     for name, result in results.items():
-        print(
-            f"{name}: Dice {result['dice_of_organs_there']:.3f} after {result['steps']} steps in {result['train_seconds']} s"
-        )
+        dice, seconds = result["dice_of_organs_there"], result["train_seconds"]
+        print(f"{name}: Dice {dice:.3f} after {result['steps']} steps in {seconds} s")
     print(f"difference {np.subtract(*(results[name]['dice_of_organs_there'] for name in results)):+.3f}")
 
 

@@ -47,16 +47,15 @@ def _version() -> str:
         return "from source, not installed"
 
 
+def _config_flag(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=text)
+
+
 def _train_flags(parser: argparse.ArgumentParser) -> None:
     from samlora.options import add_flags
     from samlora.training.config import TrainConfig
 
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help="YAML with any of these options, or the name of a shipped one; flags win over it",
-    )
+    _config_flag(parser, "YAML with any of these options, or the name of a shipped one; flags win over it")
     add_flags(parser, TrainConfig)
     parser.add_argument(
         "--AdamW",
@@ -85,17 +84,11 @@ def _test_flags(parser: argparse.ArgumentParser) -> None:
     from samlora.inference.config import TestConfig
     from samlora.options import add_flags
 
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help="config.yaml of a training run, or YAML with any of these options; flags win over it",
-    )
+    _config_flag(parser, "config.yaml of a training run, or YAML with any of these options; flags win over it")
     add_flags(parser, TestConfig)
     parser.add_argument(
         "--metric-policy",
         dest="metric_policy",
-        choices=("strict", "samed"),
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
@@ -123,9 +116,7 @@ def _run_of(config: Path, values: dict) -> dict:
     adapters = [config.parent / f"adapter_{which}.safetensors" for which in ("best", "last")]
     found = next((str(adapter) for adapter in adapters if adapter.is_file()), None)
     if found is None:
-        raise InputError(
-            f"--config {config}: that run has saved no adapter yet; let it train, or give --lora_ckpt"
-        )
+        raise InputError(f"--config {config}: that run has saved no adapter yet; let it train, or give --lora_ckpt")
     known = {"lora_ckpt": found, "dataset": values["dataset"]}
     return known if values["ckpt"] in (None, "random") else known | {"ckpt": values["ckpt"]}
 
@@ -154,12 +145,8 @@ def _prepare_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="side of the training slices, by cubic spline (default: the recipe's, else as they are)",
     )
-    parser.add_argument(
-        "--test_cases", nargs="+", metavar="CASE", help="cases for testing, instead of the recipe's"
-    )
-    parser.add_argument(
-        "--test_fraction", type=float, help="share of the cases for testing, instead of the recipe's"
-    )
+    parser.add_argument("--test_cases", nargs="+", metavar="CASE", help="cases for testing, instead of the recipe's")
+    parser.add_argument("--test_fraction", type=float, help="share of the cases for testing, instead of the recipe's")
     parser.add_argument("--workers", type=int, help="processes (default: one per core, 8 at most)")
     parser.add_argument(
         "--overwrite",
@@ -201,9 +188,7 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="folder for everything the demo makes (default: demo_output)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=1234, help="seed of the phantoms and of training (default: 1234)"
-    )
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the phantoms and of training (default: 1234)")
 
 
 def _demo(given: dict) -> None:

@@ -1,6 +1,5 @@
 """Testing on labelled volumes: `volume -> slices -> logits -> labels -> metrics, NIfTI`."""
 
-import logging
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from samlora.evaluation.report import (
 )
 from samlora.inference.config import TestConfig
 from samlora.inference.slices import predict_slices
+from samlora.journal import Journal
 from samlora.model.checkpoint import Spec, guess_spec, read_adapter
 from samlora.model.lora import merge
 from samlora.model.methods import load_model, named_system
@@ -39,9 +39,7 @@ def test(config: TestConfig) -> dict[str, dict]:
     import torch
 
     if config.volume_path is None:
-        raise InputError(
-            "--volume_path is missing; give the folder of prepared data (samlora prepare makes one)"
-        )
+        raise InputError("--volume_path is missing; give the folder of prepared data (samlora prepare makes one)")
     if config.lora_ckpt is None:
         raise InputError("--lora_ckpt is missing; give the adapter that train.py printed at its end")
     device = pick_device(config.device)
@@ -56,10 +54,10 @@ def test(config: TestConfig) -> dict[str, dict]:
     merge(model).to(device)
 
     out = Path(config.output_dir)
-    log = _logger(out)
+    journal = Journal(out, f"--output_dir {out}")
     shrunk = f", slices shrunk to {input_size} px first" if input_size else ""
-    log.info(f"{spec.system} on {spec.variant}, base {spec.base}, {spec.image_size} px{shrunk}")
-    log.info(f"{len(paths)} volumes of {config.dataset}, device {device_name(device)}, {precision}")
+    journal.say(f"{spec.system} on {spec.variant}, base {spec.base}, {spec.image_size} px{shrunk}")
+    journal.say(f"{len(paths)} volumes of {config.dataset}, device {device_name(device)}, {precision}")
     results: dict[str, dict] = {policy: {} for policy in POLICIES}
     for path in _progress(paths):
         case = labelled_case(path, spec, config.lora_ckpt)
@@ -74,7 +72,7 @@ def test(config: TestConfig) -> dict[str, dict]:
         figures = summarise({case.name: results[config.metric_policy][case.name]})["overall"]
         dice, hd95 = (figures[name]["mean"] for name in ("dice", "hd95"))
         unit = "mm" if case.spacing and config.metric_policy == "strict" else "voxels"
-        log.info(
+        journal.say(
             f"{case.name}: {len(prediction)} slices in {seconds:.1f} s, Dice {dice:.4f}, HD95 {hd95:.2f} {unit}"
         )
         picture = out / "overlays" / f"{case.name}.png"
@@ -94,15 +92,11 @@ def test(config: TestConfig) -> dict[str, dict]:
         "policy": config.metric_policy,
     }
     write_summary_json(out / "summary.json", summaries, names, about)
-    for line in table(
-        {config.metric_policy: summaries[config.metric_policy]} | summaries, names
-    ).splitlines():
-        log.info(line)
-    written = "metrics.csv, summary.json, overlays/, log.txt" + (
-        ", predictions/" if config.is_savenii else ""
-    )
-    log.info(f"written to {out}: {written}")
-    _close(log)
+    for line in table({config.metric_policy: summaries[config.metric_policy]} | summaries, names).splitlines():
+        journal.say(line)
+    written = "metrics.csv, summary.json, overlays/, log.txt" + (", predictions/" if config.is_savenii else "")
+    journal.say(f"written to {out}: {written}")
+    journal.close()
     return summaries
 
 
@@ -121,14 +115,11 @@ def load_tested(config: TestConfig) -> nn.Module:
     for name, value in given.items():
         if value is not None and known.get(name, value) != value:
             flag = flags.get(name, name)
-            raise InputError(
-                f"--{flag} {value}: the adapter {config.lora_ckpt} has {known[name]}; leave the flag out"
-            )
+            raise InputError(f"--{flag} {value}: the adapter {config.lora_ckpt} has {known[name]}; leave the flag out")
     model = load_model(config.lora_ckpt, config.ckpt or "default", image_size=config.img_size)
     if model.num_masks != model.spec.num_classes + 1:
         raise InputError(
-            f"{config.lora_ckpt}: holds LoRA alone, without a decoder for classes; test.py needs an "
-            f"adapter of train.py"
+            f"{config.lora_ckpt}: holds LoRA alone, without a decoder for classes; test.py needs an adapter of train.py"
         )
     return model
 
@@ -171,32 +162,3 @@ def _progress(paths: list[Path]):
     from tqdm import tqdm
 
     return tqdm(paths, desc="testing", unit="volume", dynamic_ncols=True)
-
-
-def _logger(folder: Path) -> logging.Logger:
-    """Lines to the console, above the progress bar, and to log.txt."""
-    from tqdm import tqdm
-
-    class AboveBar(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record))
-
-    log = logging.getLogger("samlora.test")
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"--output_dir {folder}: cannot write there ({error.strerror}); choose another folder"
-        ) from None
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    log.handlers = [AboveBar(), file]
-    return log
-
-
-def _close(log: logging.Logger) -> None:
-    for handler in log.handlers:
-        handler.close()
-    log.handlers = []

@@ -5,8 +5,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
-import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 
 from samlora.errors import InputError
 from samlora.files import whole
+from samlora.journal import Journal
 from samlora.options import write_yaml
 from samlora.training.config import TrainConfig
 
@@ -28,27 +27,16 @@ class Run:
 
     def __init__(self, folder: Path, config: TrainConfig, writes: bool = True):
         self.folder, self.writes = folder, writes
-        self.began = time.monotonic()
-        self._log = self._metrics = self._board = None
+        self._journal = self._metrics = self._board = None
         if not writes:
             return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._log = open(folder / "log.txt", "a", encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"--output {config.output}: cannot write {folder} ({error.strerror}); choose another folder"
-            ) from None
+        self._journal = Journal(folder, f"--output {config.output}")
         write_yaml(folder / "config.yaml", config)
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar and keeps it in log.txt."""
-        from tqdm import tqdm
-
         if self.writes:
-            tqdm.write(line, file=sys.stdout)
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-            self._log.flush()
+            self._journal.say(line)
 
     def open_metrics(self, step: int) -> None:
         """Opens metrics.csv and TensorBoard for rows from `step` on; rows of a former life after it are dropped."""
@@ -114,7 +102,7 @@ class Run:
             temporary.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
 
     def close(self) -> None:
-        for file in (self._log, self._metrics, self._board):
+        for file in (self._journal, self._metrics, self._board):
             if file is not None:
                 file.close()
 

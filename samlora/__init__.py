@@ -12,6 +12,7 @@ _PUBLIC = {
     "build_model": "samlora.model.methods",
     "load_model": "samlora.model.methods",
     "save_adapter": "samlora.model.checkpoint",
+    "predict_volume": "samlora.inference.predict",
     "evaluate": "samlora.evaluation.metrics",
 }
 __all__ = sorted(_PUBLIC)

@@ -16,7 +16,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, or 2 after one line about input that cannot be used."""
+    """Runs one command; returns its exit code.
+
+    0; 1 where a check found something that will fail; 2 after one line about input that cannot be used.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _Parser(prog="samlora", description="Adapt Segment Anything to medical images.")
     parser.add_argument("--version", action="version", version=f"samlora {_version()}")
@@ -28,14 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flags(command)
     try:
         given = vars(parser.parse_args(arguments))
-        COMMANDS[given.pop("command")][2](given)
+        return COMMANDS[given.pop("command")][2](given) or 0
     except InputError as error:
         print(f"samlora: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("samlora: stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def _version() -> str:
@@ -125,7 +127,7 @@ def _prepare_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="folder of volumes and labels: img/ + label/, images/ + labels/, or imagesTr/ + labelsTr/",
+        help="folder of images and labels: images/ + labels/ (or masks/), nnU-Net's, one folder per case, and others",
     )
     parser.add_argument(
         "-o",
@@ -138,7 +140,7 @@ def _prepare_flags(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         required=True,
         metavar="NAME|FILE.yaml",
-        help="recipe: a shipped one (synapse, generic_ct) or your own YAML",
+        help=f"recipe: your own YAML (samlora plan writes one) or a shipped one: {', '.join(_recipes())}",
     )
     parser.add_argument(
         "--size",
@@ -147,6 +149,10 @@ def _prepare_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--test_cases", nargs="+", metavar="CASE", help="cases for testing, instead of the recipe's")
     parser.add_argument("--test_fraction", type=float, help="share of the cases for testing, instead of the recipe's")
+    parser.add_argument("--series", help="which series of the DICOM folders: its number in the list, or its UID")
+    parser.add_argument(
+        "--medsam", action="store_true", help="also write MedSAM's files: medsam_npz/{train,test}/CASE.npz"
+    )
     parser.add_argument("--workers", type=int, help="processes (default: one per core, 8 at most)")
     parser.add_argument(
         "--overwrite",
@@ -161,6 +167,65 @@ def _prepare(given: dict) -> None:
 
     recipe = Recipe.load(given.pop("dataset"))
     print(prepare(given.pop("source"), given.pop("output"), recipe, **given))
+
+
+def _recipes() -> list[str]:
+    from samlora.files import shipped
+
+    return sorted(path.stem for path in shipped("datasets").glob("*.yaml"))
+
+
+def _plan_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="folder of images and labels, as for samlora prepare")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="where the recipe goes (default: the name of SRC + .yaml, here)"
+    )
+
+
+def _plan(given: dict) -> None:
+    from samlora.data.plan import plan, write_plan
+
+    made = plan(given["source"])
+    output = Path(given["output"] or f"{Path(given['source']).resolve().name}.yaml")
+    write_plan(made, output)
+    print(made)
+    print(f"recipe: {output}; look at it, change it, then: samlora prepare {given['source']} -o DST --dataset {output}")
+
+
+def _check_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="DATA", help="prepared data, or a folder that samlora prepare reads")
+    parser.add_argument("--num_classes", type=int, help="foreground classes (default: what the data's recipe says)")
+    parser.add_argument("--dataset", metavar="NAME|FILE.yaml", help="recipe that DATA is to be prepared with")
+
+
+def _check(given: dict) -> int:
+    from samlora.data.check import check
+    from samlora.data.recipe import Recipe
+
+    recipe = None if given["dataset"] is None else Recipe.load(given["dataset"])
+    report = check(given["path"], num_classes=given["num_classes"], recipe=recipe)
+    print(report)
+    return 1 if report.failed else 0
+
+
+def _predict_flags(parser: argparse.ArgumentParser) -> None:
+    from samlora.inference.config import PredictConfig
+    from samlora.options import add_flags
+
+    parser.add_argument("inputs", metavar="IN", nargs="+", help="images, folders of images, DICOM folders; no labels")
+    parser.add_argument("-o", dest="output", metavar="OUT", default=argparse.SUPPRESS, help="the same as --output")
+    add_flags(parser, PredictConfig)
+
+
+def _predict(given: dict) -> None:
+    from samlora.inference.config import PredictConfig
+    from samlora.options import make
+
+    inputs = given.pop("inputs")
+    config = make(PredictConfig, given)
+    from samlora.inference.predict import predict
+
+    predict(inputs, config)
 
 
 def _download_flags(parser: argparse.ArgumentParser) -> None:
@@ -199,8 +264,11 @@ def _demo(given: dict) -> None:
 
 COMMANDS = {
     "demo": ("draw synthetic patients, train on them, test and show the result", _demo_flags, _demo),
+    "plan": ("look at a folder of images and labels, and write a recipe to edit", _plan_flags, _plan),
     "prepare": ("turn volumes and labels into training slices and test volumes", _prepare_flags, _prepare),
+    "check": ("look for what would fail or spoil a result, before training", _check_flags, _check),
     "train": ("train an adapter (train.py)", _train_flags, _train),
     "test": ("measure an adapter on labelled volumes (test.py)", _test_flags, _test),
+    "predict": ("segment images and volumes that have no labels", _predict_flags, _predict),
     "download": ("fetch SAM's base weights from Meta", _download_flags, _download),
 }

@@ -37,6 +37,14 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def identity(path: Path) -> list:
+    """Name, number, size and time of change of a file, or of the files of a folder: differs when they do."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = [file.stat() for file in files]
+    changed = max((s.st_mtime_ns for s in stats), default=0)
+    return [path.name, len(files), sum(s.st_size for s in stats), changed]
+
+
 def shipped(folder: str) -> Path:
     """The directory of files that ship with samlora: "checkpoints", "configs" or "datasets".
 

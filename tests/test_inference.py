@@ -1,11 +1,15 @@
 """Volumes to labels, against the published way: one slice at a time with scipy.ndimage.zoom."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import zoom
 from torch import nn
 
+from samlora.errors import InputError
+from samlora.inference.ensemble import FLIPS, Averaged
 from samlora.inference.slices import predict_slices
 from samlora.model.sam import build_sam
 
@@ -78,3 +82,42 @@ def test_autocast_is_really_on(model):
     predict_slices(model, np.zeros((1, 8, 8), np.float32), 64)
     hook.remove()
     assert seen == [torch.bfloat16, torch.float32]
+
+
+def test_neighbours_become_the_channels(model):
+    image = np.random.default_rng(2).random((4, 30, 30), dtype=np.float32)
+    stacked = np.stack([image[[0, 0, 1, 2]], image, image[[1, 2, 3, 3]]], axis=-1)
+    found = predict_slices(model, image, 64, batch_size=3, with_neighbours=True)
+    assert np.array_equal(found, predict_slices(model, stacked, 64, batch_size=2))
+    assert not np.array_equal(found, predict_slices(model, image, 64))
+
+
+class Said(nn.Module):
+    """A model that answers with its images; its spec is that of an adapter."""
+
+    def __init__(self, **changes):
+        super().__init__()
+        self.spec = SimpleNamespace(**({"class_names": ("a", "b"), "image_size": 64, "recipe": None} | changes))
+
+    def forward(self, images):
+        return images * torch.tensor([1.0, 2.0, -1.0])[:, None, None]
+
+
+def test_the_mean_of_flips_turns_with_the_slice(model):
+    model.spec = Said().spec
+    averaged = Averaged([model], flips=True).eval()
+    images = torch.rand(2, 3, 64, 64)
+    for axes in FLIPS:
+        torch.testing.assert_close(averaged(images.flip(axes)), averaged(images).flip(axes), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(averaged(images), model(images).log_softmax(1), atol=1e-3)
+
+
+def test_the_mean_of_one_model_with_itself_is_that_model():
+    images = torch.rand(2, 3, 8, 8)
+    mean = Averaged([Said(), Said()], flips=False)(images)
+    torch.testing.assert_close(mean, Said()(images).log_softmax(dim=1))
+
+
+def test_adapters_that_were_trained_otherwise_are_not_averaged():
+    with pytest.raises(InputError, match="class_names"):
+        Averaged([Said(), Said(class_names=("b", "a"))], flips=False)

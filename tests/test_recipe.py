@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
-from samlora.data.grid import Volume
+from samlora.data.grid import Volume, neighbours
+from samlora.data.parts import drop_small_parts
 from samlora.data.recipe import Recipe
 from samlora.errors import InputError, MissingFileError
 from samlora.files import shipped
@@ -103,8 +104,18 @@ WRONG = {
     "slice_axis: 3": ("slice_axis 3", "0, 1, 2"),
     "size: 2.5": ("size 2.5",),
     "keep: some": ("some", "foreground"),
-    "classes: [liver, spleen]": ("['liver', 'spleen']", "name: value"),
-    "classes: {liver: one}": ("liver", "'one'"),
+    "classes: [liver, 6]": ("['liver', 6]", "name: value"),
+    "classes: {liver: 1.5}": ("liver", "1.5"),
+    "classes: {liver: a, spleen: a}": ("liver and spleen", "value a"),
+    "window: {level: 40}": ("window", "level"),
+    "channels: four": ("four", "neighbours"),
+    "channels: [0, -1]": ("-1", "numbers"),
+    "channels: []": ("()", "numbers"),
+    "mask_threshold: half": ("half", "number"),
+    "keep: 1.5": ("1.5", "share"),
+    "min_voxels: -1": ("min_voxels -1", "0 or more"),
+    "patient: 'p[0-9]+'": ("group",),
+    "cases: '['": ("regular expression",),
     "classes: {liver: 0}": ("liver", "0"),
     "classes: {liver: []}": ("liver",),
     "classes: {background: 0}": ("background is class 0",),
@@ -144,6 +155,91 @@ def test_importing_recipes_loads_no_heavy_library():
     heavy = "{'torch', 'nibabel', 'SimpleITK', 'h5py', 'scipy', 'tqdm', 'monai'}"
     code = f"import sys, samlora.data.recipe, samlora.data.prepare; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_level_and_width_are_a_window():
+    values = {"name": "x", "modality": "ct", "window": {"level": 40, "width": 400}}
+    assert Recipe.from_dict(values).window == (-160, 240)
+
+
+def test_a_plain_list_of_classes_means_the_names_of_the_data_set():
+    recipe = Recipe.from_dict({"name": "x", "modality": "image", "classes": ["liver", "spleen"]})
+    assert recipe.label_values == (("liver",), ("spleen",))
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    with pytest.raises(InputError, match="'liver' is not known here"):
+        recipe.map_labels(np.zeros((2, 2), np.uint8))
+
+
+def test_patients_are_found_in_the_names_of_cases():
+    recipe = Recipe(name="x", modality="image", patient=r"(patient\d+)_frame\d+")
+    assert recipe.patient_of("patient001_frame12") == "patient001"
+    assert recipe.patient_of("phantom") == "phantom"
+
+
+def image_recipe(**changes):
+    return Recipe(name="x", modality="image", **changes)
+
+
+def test_channels_become_what_the_recipe_asks_for():
+    colours = np.random.default_rng(0).integers(0, 256, (5, 4, 1, 3)).astype(np.uint8)  # i, j, k, c
+    gray = Volume(colours[..., 0], np.diag([-1, -1, 1, 1]), path="a.png")
+    colour = Volume(colours, np.diag([-1, -1, 1, 1]), path="b.png")
+    np.testing.assert_allclose(image_recipe().image_stack(gray)[0], colours[:, :, 0, 0].T / 255, atol=1e-6)
+    luma = colours[:, :, 0] @ np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(image_recipe().image_stack(colour)[0], luma.T / 255, atol=1e-5)
+    rgb = image_recipe(channels="rgb")
+    np.testing.assert_allclose(rgb.image_stack(colour)[0], colours[:, :, 0].transpose(1, 0, 2) / 255, atol=1e-6)
+    assert (rgb.image_stack(gray) == rgb.image_stack(gray)[..., :1]).all()
+    assert rgb.image_stack(gray).shape == (1, 4, 5, 3)
+
+
+def test_chosen_channels_keep_their_order_and_their_own_percentiles():
+    rng = np.random.default_rng(0)
+    array = rng.uniform(1, 2, (6, 5, 4, 4)) * [1, 10, 100, 1000]
+    recipe = Recipe(name="x", modality="mr", percentiles=(0, 100), channels=[3, 1])
+    stack = recipe.image_stack(Volume(array, np.eye(4)))
+    assert stack.shape == (4, 5, 6, 2) and recipe.in_channels == 2
+    alone = Recipe(name="x", modality="mr", percentiles=(0, 100))
+    np.testing.assert_array_equal(stack[..., 0], alone.image_stack(Volume(array[..., 3], np.eye(4))))
+    assert stack.min() == 0 and stack.max() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "recipe, shape, said",
+    [
+        (
+            Recipe(name="x", modality="mr", percentiles=(0, 100)),
+            (4, 4, 4, 4),
+            r"4 channels; .*channels: \[0, 1, 2, 3\]",
+        ),
+        (
+            Recipe(name="x", modality="mr", percentiles=(0, 100), channels=[4]),
+            (4, 4, 4, 4),
+            "has 4 channels, .*counted",
+        ),
+        (Recipe(name="x", modality="ct", window=(-160, 240)), (4, 4, 4), "no Hounsfield units"),
+    ],
+)
+def test_volumes_that_do_not_fit_are_named(recipe, shape, said):
+    with pytest.raises(InputError, match=f"scan.nii.gz: .*{said}"):
+        recipe.image_stack(Volume(np.ones(shape, np.uint8), np.eye(4), path="scan.nii.gz"))
+
+
+def test_neighbours_are_the_slices_before_and_after():
+    stack = np.arange(4.0)[:, None, None] * np.ones((2, 3))
+    assert neighbours(stack, [0, 2, 3])[:, 0, 0].tolist() == [[0, 0, 1], [1, 2, 3], [2, 3, 3]]
+
+
+def test_small_parts_are_dropped_in_3d_and_then_in_slices():
+    labels = np.zeros((4, 8, 8), np.uint8)
+    labels[:, :3, :3] = 1  # 36 voxels
+    labels[1, 6, 6] = 1  # a part of one voxel
+    labels[2, 3, 0] = 1  # belongs to the first part
+    labels[3, 5:7, 5:7] = 2
+    kept = drop_small_parts(labels, min_voxels=4, min_pixels=0)
+    assert kept[1, 6, 6] == 0 and np.count_nonzero(kept) == np.count_nonzero(labels) - 1
+    kept = drop_small_parts(labels, min_voxels=0, min_pixels=5)
+    assert np.count_nonzero(kept == 2) == 0 and np.count_nonzero(kept == 1) == 37
 
 
 def body_recipe(**changes):

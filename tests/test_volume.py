@@ -12,7 +12,17 @@ import SimpleITK
 
 from samlora.data.grid import Case, Geometry, Volume, case_to_volume, match_grid, reorient
 from samlora.data.recipe import Recipe
-from samlora.data.volume import read_case, read_slice, read_volume, write_case, write_slice, write_volume
+from samlora.data.volume import (
+    VOLUMES,
+    read_case,
+    read_slice,
+    read_volume,
+    stem,
+    write_case,
+    write_medsam,
+    write_slice,
+    write_volume,
+)
 from samlora.errors import InputError, MissingFileError
 
 ORIENTATIONS = ["".join(o) for p in itertools.permutations(["LR", "PA", "IS"]) for o in itertools.product(*p)]
@@ -110,6 +120,109 @@ def test_itk_formats_place_voxels_where_nifti_does(ending, tmp_path):
     assert np.allclose(nibabel.load(tmp_path / "b.nii.gz").affine, volume.affine, atol=1e-4)
 
 
+@pytest.mark.parametrize("axes", ORIENTATIONS)
+def test_every_orientation_comes_back_from_every_format(axes, tmp_path):
+    volume = reorient(oblique(), axes)
+    for name in ("a.nii", "a.nrrd", "a.mha"):
+        write_volume(volume, tmp_path / name)
+        read = read_volume(tmp_path / name)
+        assert np.array_equal(read.array, volume.array) and read.axes == axes
+        np.testing.assert_allclose(read.affine, volume.affine, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd", "a.mha", "a.npy"])
+@pytest.mark.parametrize(
+    "shape", [(5, 6, 7, 2), (7, 8, 1, 3), (5, 6, 1, 2), (6, 5, 4), (5, 6, 1), (4, 6, 7), (4, 6, 7, 4)]
+)
+def test_channels_and_shapes_come_back_as_written(name, shape, tmp_path):
+    array = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    write_volume(Volume(array, oblique().affine, 1, 1), tmp_path / name)
+    read = read_volume(tmp_path / name)
+    assert np.array_equal(read.array, array) and read.array.dtype == np.uint8
+    assert read.has_spacing == (name != "a.npy")
+    if name != "a.npy":
+        np.testing.assert_allclose(read.affine, oblique().affine, atol=1e-4)
+
+
+def test_flat_files_and_vectors_are_volumes(tmp_path):
+    array = np.arange(30, dtype=np.int16).reshape(5, 6)
+    for name in ("a.nii", "a.nrrd", "a.mha"):
+        image = SimpleITK.GetImageFromArray(array.T)
+        image.SetSpacing((0.5, 2.0))
+        SimpleITK.WriteImage(image, str(tmp_path / name))
+        read = read_volume(tmp_path / name)
+        assert np.array_equal(read.array, array[:, :, None]) and read.spacing[:2] == (0.5, 2.0) and read.axes == "LPS"
+    vectors = np.arange(24, dtype=np.float32).reshape(2, 3, 4, 1)
+    nibabel.save(nibabel.Nifti1Image(np.stack([vectors, -vectors], axis=-1), np.eye(4)), tmp_path / "v.nii")
+    assert np.array_equal(read_volume(tmp_path / "v.nii").array, np.concatenate([vectors, -vectors], axis=-1))
+    colours = np.zeros((2, 3, 4), [(c, np.uint8) for c in "RGB"])
+    colours["G"] = 7
+    nibabel.save(nibabel.Nifti1Image(colours, np.eye(4)), tmp_path / "c.nii")
+    assert read_volume(tmp_path / "c.nii").array.shape == (2, 3, 4, 3)
+    one = Volume(np.full((3, 3, 3), 7, np.int16), np.eye(4))
+    write_volume(one, tmp_path / "one.nii")
+    assert np.array_equal(read_volume(tmp_path / "one.nii", labels=True, threshold=6.5).array, np.ones((3, 3, 3)))
+
+
+def test_arrays_lie_as_pictures_do(tmp_path):
+    """Rows run down (to the back), columns right (to the patient's left), as in a CT slice."""
+    stack = np.random.default_rng(0).integers(0, 99, (7, 6, 5)).astype(np.float32)
+    for array, seen in ((stack[0], stack[:1]), (stack, stack)):
+        np.save(tmp_path / "a.npy", array)
+        volume = read_volume(tmp_path / "a.npy")
+        assert volume.axes == "LPS" and not volume.has_spacing and np.array_equal(volume.array, seen.T)
+    rgba = np.random.default_rng(0).integers(0, 99, (7, 6, 4), np.uint8)
+    np.save(tmp_path / "a.npy", rgba)
+    assert np.array_equal(read_volume(tmp_path / "a.npy").array[:, :, 0], rgba[..., :3].transpose(1, 0, 2))
+    np.save(tmp_path / "soft.npy", stack / 99)
+    soft = read_volume(tmp_path / "soft.npy", labels=True, threshold=0.5)
+    assert soft.array.dtype == np.uint8 and np.array_equal(soft.array, (stack / 99 > 0.5).T)
+
+
+def test_training_slices_and_cases_are_volumes_too(tmp_path):
+    image, label = np.random.default_rng(0).random((7, 6, 3), np.float32), np.arange(42, dtype=np.uint8).reshape(7, 6)
+    write_slice(tmp_path / "a.npz", image, label)
+    assert all(np.array_equal(a, b) for a, b in zip(read_slice(tmp_path / "a.npz"), (image, label)))
+    assert np.array_equal(read_volume(tmp_path / "a.npz").array[:, :, 0], image.transpose(1, 0, 2))
+    assert np.array_equal(read_volume(tmp_path / "a.npz", labels=True).array[:, :, 0], label.T)
+    write_slice(tmp_path / "a.npz", image[..., :2], label)
+    assert read_volume(tmp_path / "a.npz").array.shape == (6, 7, 1, 2)
+    source = oblique((6, 7, 4))
+    stack = source.array.T.astype(np.float32)
+    case = Case(np.stack([stack, -stack], axis=-1), source.array.T, source.geometry(None, 2))
+    write_case(case, tmp_path / "a.npy.h5")
+    assert np.array_equal(read_case(tmp_path / "a.npy.h5").image, case.image)
+    read = read_volume(tmp_path / "a.npy.h5", labels=True)
+    assert np.array_equal(read.array, source.array) and np.array_equal(read.affine, source.affine)
+    assert read_volume(tmp_path / "a.npy.h5").array.shape == (6, 7, 4, 2)
+
+
+@pytest.mark.parametrize("shape", [(4, 7, 6), (4, 7, 6, 3)])
+def test_medsam_files_hold_bytes_and_spacing(shape, tmp_path):
+    image, label = np.random.default_rng(0).random(shape, np.float32), np.zeros((4, 7, 6), np.int64)
+    label[1, 2:4, 3] = 5
+    write_medsam(tmp_path / "a.npz", image, label, (0.5, 0.75, 2.5))
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["imgs"].dtype == file["gts"].dtype == np.uint8 and file["spacing"].tolist() == [0.5, 0.75, 2.5]
+        assert np.abs(file["imgs"] - image * 255.0).max() <= 0.5 and np.array_equal(file["gts"], label)
+        pixels = file["imgs"]
+    read, labels = read_volume(tmp_path / "a.npz"), read_volume(tmp_path / "a.npz", labels=True)
+    assert np.array_equal(read.array.swapaxes(0, 2), pixels) and np.array_equal(labels.array.T, label)
+    assert read.spacing == labels.spacing == (0.5, 0.75, 2.5) and read.has_spacing and read.axes == "LPS"
+    write_medsam(tmp_path / "b.npz", pixels, None, None)
+    assert np.array_equal(read_volume(tmp_path / "b.npz").array, read.array)
+    assert not read_volume(tmp_path / "b.npz").has_spacing
+    for wrong in ((image * 255, label), (image, label * 60), (image, label[:1]), (image[0, 0], None)):
+        with pytest.raises(InputError, match="c.npz"):
+            write_medsam(tmp_path / "c.npz", *wrong, None)
+    assert not (tmp_path / "c.npz").exists()
+
+
+def test_names_of_cases_have_no_endings():
+    assert {stem(f"a/case01{ending.upper()}") for ending in VOLUMES} == {"case01"}
+    assert stem("a/1.2.840.5") == "1.2.840.5" and stem(".png") == ".png"
+
+
 def test_another_grid_is_refused_and_both_are_printed():
     volume = oblique()
     half = np.eye(4) + 0.5 * np.eye(4, k=3)
@@ -167,9 +280,35 @@ def _truncated(path):
     path.write_bytes(whole.read_bytes()[:5000])
 
 
+def _cut(ending):
+    def write(path):
+        write_volume(Volume(np.random.default_rng(0).integers(0, 999, (20, 20, 20), np.int16), np.eye(4)), path)
+        path.write_bytes(path.read_bytes()[:5000])
+
+    return write
+
+
+def _mha(path, spacing):
+    head = f"ObjectType = Image\nNDims = 3\nDimSize = 2 3 4\nElementType = MET_UCHAR\nElementSpacing = {spacing}\n"
+    path.write_bytes(f"{head}ElementDataFile = LOCAL\n".encode() + bytes(range(24)))
+
+
+def test_a_negative_spacing_runs_the_other_way(tmp_path):
+    _mha(tmp_path / "a.mha", "-2 1 1")
+    volume = read_volume(tmp_path / "a.mha")
+    assert volume.axes == "RPS" and volume.spacing == (2, 1, 1)
+
+
 def _singular(path):
     image = nibabel.Nifti1Image(np.zeros((3, 3, 3), np.uint8), np.eye(4))
     image.header["srow_y"] = image.header["srow_x"]
+    image._affine = None
+    nibabel.save(image, path)
+
+
+def _flat(path):
+    image = nibabel.Nifti1Image(np.zeros((3, 3, 3), np.uint8), np.eye(4))
+    image.header["srow_y"] = 0
     image._affine = None
     nibabel.save(image, path)
 
@@ -187,21 +326,38 @@ ZEROS = np.zeros((3, 3), np.float32)
 NAN = np.full((3, 3, 3), np.nan, np.float32)
 SLICE, CASE = (read_slice, "x_slice000.npz"), (read_case, "x.npy.h5")
 VOLUME, LABEL = (read_volume, "x.nii.gz"), (lambda path: read_volume(path, labels=True), "x.nii.gz")
+NPY_LABEL, NPZ_LABEL = (LABEL[0], "x.npy"), (LABEL[0], "x.npz")
 BROKEN = {
     "truncated gzip": (*VOLUME, _truncated, "cannot be read"),
     "text named nii.gz": (*VOLUME, lambda p: p.write_text("not an image\n"), "cannot be read"),
     "gzipped text": (*VOLUME, lambda p: p.write_bytes(gzip.compress(b"no image" * 99)), "cannot be read"),
     "empty file": (*VOLUME, lambda p: p.write_bytes(b""), "cannot be read"),
     "no file": (*VOLUME, lambda p: None, "no such file"),
-    "2D": (*VOLUME, _nifti(ZEROS), "three axes"),
-    "4D": (*VOLUME, _nifti(np.zeros((3, 3, 3, 2), np.int16)), "three axes"),
+    "1D": (*VOLUME, _nifti(ZEROS[0]), "three axes"),
+    "5D": (*VOLUME, _nifti(np.zeros((3, 3, 3, 2, 2), np.int16)), "(3, 3, 3, 2, 2)"),
+    "4D labels": (*LABEL, _nifti(np.zeros((3, 3, 3, 2), np.int16)), "(3, 3, 3, 2)"),
+    "coloured labels": (*LABEL, _nifti(np.zeros((3, 3, 3), [(c, np.uint8) for c in "RGB"])), "three axes"),
+    "no voxels": (*VOLUME, _nifti(ZEROS[:, :0, None]), "three axes"),
     "NaN": (*VOLUME, _nifti(NAN), "NaN"),
     "complex": (*VOLUME, _nifti(np.zeros((3, 3, 3), np.complex64)), "complex64"),
     "singular affine": (*VOLUME, _singular, "affine"),
+    "voxels of no width": (*VOLUME, _flat, "affine"),
     "fractions": (*LABEL, _nifti(np.full((3, 3, 3), 0.5, np.float32)), "0.5"),
     "huge labels": (*LABEL, _nifti(np.full((3, 3, 3), 70000, np.int32)), "70000"),
     "unknown ending": (read_volume, "x.docx", lambda p: p.write_text(""), ".nii.gz"),
     "text named nrrd": (read_volume, "x.nrrd", lambda p: p.write_text("no"), "cannot be read"),
+    "no spacing in mha": (read_volume, "x.mha", lambda p: _mha(p, "0 1 1"), "cannot be read as MHA"),
+    "truncated nrrd": (read_volume, "x.nrrd", _cut(".nrrd"), "cannot be read"),
+    "truncated mha": (read_volume, "x.mha", _cut(".mha"), "cannot be read"),
+    "object npy": (read_volume, "x.npy", lambda p: np.save(p, np.array([{}, None])), "cannot be read"),
+    "text in npy": (read_volume, "x.npy", lambda p: np.save(p, np.array([["a"]])), "numbers"),
+    "5D npy": (read_volume, "x.npy", lambda p: np.save(p, NAN[None, None]), "(1, 1, 3, 3, 3)"),
+    "NaN npy": (read_volume, "x.npy", lambda p: np.save(p, NAN), "NaN"),
+    "colour npy labels": (*NPY_LABEL, lambda p: np.save(p, np.zeros((9, 9, 3), np.uint8)), "(9, 9, 1, 3)"),
+    "truncated npy": (read_volume, "x.npy", lambda p: p.write_bytes(b"\x93NUMPY\1\0v\0{'descr'"), "cannot be read"),
+    "npz without labels": (*NPZ_LABEL, lambda p: np.savez(p, imgs=ZEROS), "found: imgs"),
+    "MedSAM spacing": (read_volume, "x.npz", lambda p: np.savez(p, imgs=NAN * 0, spacing=[1, 0, 1]), "spacing"),
+    "h5 without labels": (lambda p: read_volume(p, labels=True), "x.h5", _h5(image=ZEROS), "'label'"),
     "folder without DICOM": (read_volume, "x", lambda p: p.mkdir(), "DICOM"),
     "bad zip": (*SLICE, lambda p: p.write_bytes(b"PK\3\4 broken"), "cannot be read"),
     "empty npz": (*SLICE, lambda p: p.write_bytes(b""), "cannot be read"),
@@ -243,6 +399,9 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path):
         (tmp_path / "a.docx", oblique()),
         (tmp_path / "file" / "a.nii.gz", oblique()),
         (tmp_path / "a.nrrd", Volume(np.zeros((2, 2, 2), np.uint8), np.eye(4) + np.eye(4, k=1) * 0.5)),
+        (tmp_path / "a.png", oblique()),
+        (tmp_path / "b.png", Volume(np.zeros((2, 2, 1), np.float32), np.eye(4))),
+        (tmp_path / "a.bmp", Volume(np.full((2, 2, 1), 300), np.eye(4))),
     ):
         with pytest.raises(InputError, match=path.name):
             write_volume(volume, path)

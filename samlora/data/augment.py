@@ -91,22 +91,21 @@ def _rotation(height: int, width: int, angle: int) -> tuple[np.ndarray, np.ndarr
 def make_batch(images: Sequence, labels: Sequence, transforms: Sequence[Transform], side: int, device):
     """Augments and resizes samples of any size to one batch.
 
-    images: tensors (H, W) float32. labels: tensors (H, W) uint8. side: S, the model's image size.
-    Returns images (B, 3, S, S) float32, three equal channels, and labels (B, S/4, S/4) int64 on `device`;
-    labels are zoomed to S and then to S/4, as SAMed does.
+    images: tensors (H, W) or (C, H, W) float32, all with as many channels. labels: tensors (H, W) uint8. side: S, the
+    model's image size. Returns images (B, C, S, S) float32, one gray channel as three equal ones, and labels
+    (B, S/4, S/4) int64 on `device`; labels are zoomed to S and then to S/4, as SAMed does.
     """
     import torch
 
     low = side // 4
-    batch = torch.empty(len(images), 1, side, side, device=device)
+    channels = 1 if images[0].ndim == 2 else len(images[0])
+    batch = torch.empty(len(images), channels, side, side, device=device)
     targets = torch.empty(len(images), low, low, dtype=torch.int64, device=device)
     for i, (image, label, transform) in enumerate(zip(images, labels, transforms)):
         image, label = (_transformed(x.to(device, non_blocking=True), transform) for x in (image, label))
-        height, width = image.shape
-        rows, cols = (
-            torch.from_numpy(zoom_matrix(n, side).astype(np.float32)).to(device) for n in (height, width)
-        )
-        batch[i, 0] = rows @ image @ cols.T
+        height, width = label.shape
+        rows, cols = (torch.from_numpy(zoom_matrix(n, side).astype(np.float32)).to(device) for n in (height, width))
+        batch[i] = rows @ image @ cols.T
         positions = []
         for size in (height, width):
             to_side, to_low = nearest_index(size, side), nearest_index(side, low)
@@ -115,16 +114,16 @@ def make_batch(images: Sequence, labels: Sequence, transforms: Sequence[Transfor
         target[positions[0] < 0, :] = 0
         target[:, positions[1] < 0] = 0
         targets[i] = target
-    return batch.expand(-1, 3, -1, -1), targets
+    return batch if channels > 1 else batch.expand(-1, 3, -1, -1), targets
 
 
 def _transformed(x, transform: Transform):
-    """One tensor (H, W) after its transform."""
+    """One tensor (..., H, W) after its transform."""
     import torch
 
     if transform.angle:
-        source, outside = _rotation(*x.shape, transform.angle)
-        turned = x.flatten()[torch.from_numpy(source).to(x.device)]
+        source, outside = _rotation(*x.shape[-2:], transform.angle)
+        turned = x.flatten(-2)[..., torch.from_numpy(source).to(x.device)]
         return turned.masked_fill(torch.from_numpy(outside).to(x.device), 0)
-    x = torch.rot90(x, transform.quarter_turns)
-    return x if transform.flip_axis is None else x.flip(transform.flip_axis)
+    x = torch.rot90(x, transform.quarter_turns, (-2, -1))
+    return x if transform.flip_axis is None else x.flip(transform.flip_axis - 2)

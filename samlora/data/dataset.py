@@ -3,7 +3,7 @@
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ class SliceFile:
 
 @dataclass(frozen=True)
 class Sample:
-    """A slice from disk, and what is to be done to it. image (H, W) float32, label (H, W) uint8."""
+    """A slice from disk, and what is to be done to it. image (H, W) or (C, H, W) float32, label (H, W) uint8."""
 
     name: str
     image: np.ndarray
@@ -105,20 +105,22 @@ def find_volumes(root: str | Path, list_dir: str | Path | None = None) -> list[P
 
 @dataclass(frozen=True)
 class Contents:
-    """What a set of slices holds: pixels of each class, background first, and the range of image values."""
+    """What a set of slices holds: pixels of each class, background first, range of image values, channels."""
 
     pixels: np.ndarray
     low: float
     high: float
+    channels: int = 1
 
 
 def check_slices(slices: Sequence[SliceFile], num_classes: int, threads: int = 4) -> Contents:
     """Reads every slice once and says what they hold.
 
-    Raises InputError naming the first file with a label outside 0..num_classes, or one that cannot be read.
+    Raises InputError naming the first file with a label outside 0..num_classes, one that cannot be read, or one with
+    more or fewer channels than the first.
     """
 
-    def read(item: SliceFile) -> tuple[np.ndarray, float, float]:
+    def read(item: SliceFile) -> tuple[np.ndarray, float, float, int]:
         image, label = read_slice(item.path)
         low, high = int(label.min()), int(label.max())
         if low < 0 or high > num_classes:
@@ -130,39 +132,66 @@ def check_slices(slices: Sequence[SliceFile], num_classes: int, threads: int = 4
                 f"of foreground classes, or prepare the data with a label map"
             )
         pixels = np.bincount(label.ravel().astype(np.int64), minlength=num_classes + 1)
-        return pixels, float(image.min()), float(image.max())
+        return pixels, float(image.min()), float(image.max()), 1 if image.ndim == 2 else image.shape[2]
 
     with ThreadPoolExecutor(threads) as pool:
-        pixels, lows, highs = zip(*pool.map(read, slices))
-    return Contents(sum(pixels), min(lows), max(highs))
+        pixels, lows, highs, channels = zip(*pool.map(read, slices))
+    for item, count in zip(slices, channels):
+        if count != channels[0]:
+            raise InputError(
+                f"{item.path}: has {count} channels, {slices[0].path.name} {channels[0]}; prepare all with one recipe"
+            )
+    return Contents(sum(pixels), min(lows), max(highs), channels[0])
 
 
 def split_cases(
-    slices: Sequence[SliceFile], val_cases: Sequence[str] = (), val_fraction: float = 0.0, seed: int = 0
+    slices: Sequence[SliceFile],
+    val_cases: Sequence[str] = (),
+    val_fraction: float = 0.0,
+    seed: int = 0,
+    patient_of: Callable[[str], str] = str,
 ) -> tuple[list[SliceFile], list[SliceFile]]:
-    """Splits slices into training and validation, whole cases at a time.
+    """Splits slices into training and validation, whole patients at a time.
 
-    val_cases: names of cases. val_fraction: share of the cases, drawn with `seed`, at least one.
-    Raises InputError for a case that is not there, or when nothing is left to train on.
+    val_cases: names of cases. val_fraction: share of the patients, drawn with `seed`, at least one. patient_of: the
+    patient of a case (`Recipe.patient_of`); by default every case is another one.
+    Raises InputError for a case that is not there, a patient on both sides, or when nothing is left to train on.
     """
-    cases = sorted({item.case for item in slices})
-    unknown = [case for case in val_cases if case not in cases]
+    patients = {case: patient_of(case) for case in sorted({item.case for item in slices})}
+    cases = sorted(set(patients.values()))
+    unknown = [case for case in val_cases if case not in patients]
     if unknown:
         raise InputError(
             f"--val_cases {unknown[0]}: there is no such case; there are "
-            f"{', '.join(cases[:8])}{', ...' * (len(cases) > 8)}"
+            f"{', '.join([*patients][:8])}{', ...' * (len(patients) > 8)}"
         )
+    check_patients(val_cases, patients, "--val_cases")
     if not 0 <= val_fraction < 1:
         raise InputError(
             f"--val_fraction {val_fraction} is not possible; give a share of the cases from 0 up to, not including, 1"
         )
-    chosen = set(val_cases)
+    chosen = {patients[case] for case in val_cases}
     if not chosen and val_fraction:
         count = max(1, round(val_fraction * len(cases)))
         chosen = set(np.random.default_rng([seed, 1]).permutation(cases)[:count].tolist())
     if chosen == set(cases):
-        raise InputError(f"validation takes all {len(cases)} cases and leaves none to train on; name fewer cases")
-    return [s for s in slices if s.case not in chosen], [s for s in slices if s.case in chosen]
+        raise InputError(f"validation takes all {len(patients)} cases and leaves none to train on; name fewer cases")
+    held = {case for case, patient in patients.items() if patient in chosen}
+    return [s for s in slices if s.case not in held], [s for s in slices if s.case in held]
+
+
+def check_patients(chosen: Iterable[str], patients: Mapping[str, str], flag: str) -> None:
+    """Raises InputError, naming `flag`, when `chosen` cases leave out others of their patients.
+
+    patients: case -> patient, of all cases.
+    """
+    chosen = set(chosen)
+    for case in sorted(chosen):
+        for other, patient in patients.items():
+            if patient == patients[case] and other not in chosen:
+                raise InputError(
+                    f"{flag} {case}: {other} shows the same patient ({patient}) and would be trained on; name both"
+                )
 
 
 def fingerprint(slices: Sequence[SliceFile]) -> str:
@@ -188,6 +217,8 @@ class SliceDataset:
         epoch, index = key
         item = self.slices[index]
         image, label = read_slice(item.path)
+        if image.ndim == 3:  # files hold channels last, as pictures do
+            image = np.ascontiguousarray(np.moveaxis(image, -1, 0))
         transform = Transform()
         if self.augment:
             transform = sample_transform(np.random.default_rng([self.seed, 2, epoch, index]))

@@ -1,6 +1,7 @@
 """Where voxels lie: volumes indexed as their files are, stacks of slices, and the way from one to the other.
 
-A `Volume` is indexed (i, j, k) as its file is; a `Case` is indexed (slice, row, column) as SAMed stores it.
+A `Volume` is indexed (i, j, k) as its file is; a `Case` is indexed (slice, row, column) as SAMed stores it. Either
+may have a last axis of channels: colours of a picture, weightings of an MR.
 `Geometry` remembers how the one was made from the other, so that labels find the way back.
 """
 
@@ -21,6 +22,7 @@ class Geometry:
 
     `orientation` are the axis codes the array had when it was cut along its axis `slice_axis`. `box` is the part
     of every slice that was kept, (first row, last row + 1, first column, last column + 1); None for all of it.
+    has_spacing: as of the `Volume`.
     """
 
     shape: tuple[int, int, int]
@@ -31,6 +33,7 @@ class Geometry:
     orientation: str
     slice_axis: int
     box: tuple[int, int, int, int] | None = None
+    has_spacing: bool = True
 
     def to_dict(self) -> dict:
         """The geometry as values that JSON can hold; `from_dict` takes them back exactly."""
@@ -53,10 +56,11 @@ class Geometry:
 
 @dataclasses.dataclass
 class Volume:
-    """A 3D array indexed (i, j, k) as its file is, and where its voxels lie.
+    """An array (i, j, k) or (i, j, k, channel), indexed as its file is, and where its voxels lie.
 
     `affine` (4, 4) float64 maps voxel indices to RAS millimetres. `qform` is the file's second affine where
-    it differs from the first (NIfTI may hold two). `path` is where the volume came from, for messages.
+    it differs from the first (NIfTI may hold two). `path` is where the volume came from, for messages. has_spacing:
+    False where the file says nothing about millimetres (pictures, bare arrays); a voxel then counts as 1 x 1 x 1.
     """
 
     array: np.ndarray
@@ -65,6 +69,7 @@ class Volume:
     sform_code: int = 2
     qform: np.ndarray | None = None
     path: str = ""
+    has_spacing: bool = True
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -78,13 +83,13 @@ class Volume:
 
     def geometry(self, orientation: str | None, slice_axis: int) -> Geometry:
         """What undoes turning to `orientation` (None: left as stored) and cutting along `slice_axis`."""
-        grid = self.array.shape, self.affine, self.qform, self.qform_code, self.sform_code
-        return Geometry(*grid, orientation or self.axes, slice_axis)
+        grid = self.array.shape[:3], self.affine, self.qform, self.qform_code, self.sform_code
+        return Geometry(*grid, orientation or self.axes, slice_axis, has_spacing=self.has_spacing)
 
 
 @dataclasses.dataclass
 class Case:
-    """A volume as SAMed stores it: image (D, H, W) float32, label (D, H, W) integer or None.
+    """A volume as SAMed stores it: image (D, H, W) or (D, H, W, C) float32, label (D, H, W) integer or None.
 
     `geometry` and `recipe` are None for published files, which hold neither.
     """
@@ -110,12 +115,13 @@ class Case:
         if self.geometry is None:
             return {"flip_ud": False, "flip_lr": False, "aspect": 1.0}
         _, row, column = (self.geometry.orientation[axis] for axis in slice_order(self.geometry.slice_axis))
-        return {"flip_ud": row in "AS", "flip_lr": column in "RA", "aspect": self.spacing[1] / self.spacing[2]}
+        _, height, width = self.spacing or (1.0, 1.0, 1.0)
+        return {"flip_ud": row in "AS", "flip_lr": column in "RA", "aspect": height / width}
 
     @property
     def spacing(self) -> tuple[float, float, float] | None:
         """Voxel size in mm along (D, H, W), or None where it is not known."""
-        if self.geometry is None:
+        if self.geometry is None or not self.geometry.has_spacing:
             return None
         order, _ = _arrangement(self.geometry.affine, self.geometry.orientation)
         sizes = np.linalg.norm(self.geometry.affine[:3, :3], axis=0)[order]
@@ -154,7 +160,7 @@ def match_grid(label: Volume, to: Volume) -> Volume:
     """
     step = np.linalg.inv(label.affine) @ to.affine  # index in `to` -> index in `label`
     order = np.abs(step[:3, :3]).argmax(axis=0)
-    shape = np.array(to.array.shape)
+    shape = np.array(to.array.shape[:3])
     if sorted(order) == [0, 1, 2] and np.array_equal(np.array(label.array.shape)[order], shape):
         flips = step[order, range(3)] < 0
         corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*(shape - 1), 1]
@@ -168,26 +174,46 @@ def match_grid(label: Volume, to: Volume) -> Volume:
 
 
 def case_to_volume(case: Case, stack: np.ndarray) -> Volume:
-    """A stack (D, H, W), labels or image, on the grid of the file that `case` was made from.
+    """A stack (D, H, W) or (D, H, W, C), labels or image, on the grid of the file that `case` was made from.
 
     Shape, affine and codes are that file's. Where that is not known (published files) the array is (x, y, z)
-    with an identity affine. Raises InputError if `stack` has another shape than the case.
+    with an identity affine. Raises InputError if `stack` has other slices than the case.
     """
-    if stack.shape != case.image.shape:
+    if stack.shape[:3] != case.image.shape[:3]:
         raise InputError(f"{case.name}: a stack of shape {stack.shape} for an image of {case.image.shape}")
     if case.geometry is None:
-        return Volume(stack.transpose(2, 1, 0), np.eye(4), path=case.name)
+        return Volume(transposed(stack, (2, 1, 0)), np.eye(4), path=case.name, has_spacing=False)
     g = case.geometry
     order, flips = _arrangement(g.affine, g.orientation)
     if g.box is not None:  # what was cut off comes back as background
         top, bottom, left, right = g.box
         _, rows, columns = (g.shape[order[axis]] for axis in slice_order(g.slice_axis))
-        stack = np.pad(stack, ((0, 0), (top, rows - bottom), (left, columns - right)))
-    array = stack.transpose(np.argsort(slice_order(g.slice_axis)))
-    array = np.flip(array, np.flatnonzero(flips)).transpose(np.argsort(order))
-    if array.shape != tuple(g.shape):
+        margins = ((0, 0), (top, rows - bottom), (left, columns - right)) + ((0, 0),) * (stack.ndim - 3)
+        stack = np.pad(stack, margins)
+    array = transposed(stack, np.argsort(slice_order(g.slice_axis)))
+    array = transposed(np.flip(array, np.flatnonzero(flips)), np.argsort(order))
+    if array.shape[:3] != tuple(g.shape):
         raise InputError(f"{case.name}: slices of shape {case.image.shape} do not fit their source {g.shape}")
-    return Volume(array, g.affine, g.qform_code, g.sform_code, g.qform, case.name)
+    return Volume(array, g.affine, g.qform_code, g.sform_code, g.qform, case.name, g.has_spacing)
+
+
+def neighbours(stack: np.ndarray, index: Sequence[int]) -> np.ndarray:
+    """The slices `index` (B) of a gray stack (D, H, W) with those before and after: (B, H, W, 3).
+
+    The first and the last slice stand in for the neighbour that they lack.
+    """
+    beside = np.clip(np.asarray(index)[:, None] + (-1, 0, 1), 0, len(stack) - 1)
+    return np.moveaxis(stack[beside], 1, -1)
+
+
+def to_show(stack: np.ndarray) -> np.ndarray:
+    """One channel (D, H, W) of a stack for pictures: the middle one, green or the slice itself."""
+    return stack if stack.ndim == 3 else stack[..., stack.shape[3] // 2]
+
+
+def transposed(array: np.ndarray, order: Sequence[int]) -> np.ndarray:
+    """The first three axes in another order; channels stay the last axis."""
+    return array.transpose((*order, *range(3, array.ndim)))
 
 
 def _axes(affine: np.ndarray) -> str:
@@ -204,8 +230,8 @@ def _arrangement(affine: np.ndarray, axes: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def _arranged(volume: Volume, order: np.ndarray, flips: np.ndarray) -> Volume:
-    array = np.flip(volume.array.transpose(order), np.flatnonzero(flips))
-    move = _index_map(np.array(array.shape), order, flips)
+    array = np.flip(transposed(volume.array, order), np.flatnonzero(flips))
+    move = _index_map(np.array(array.shape[:3]), order, flips)
     qform = None if volume.qform is None else volume.qform @ move
     return dataclasses.replace(volume, array=array, affine=volume.affine @ move, qform=qform)
 
@@ -220,7 +246,7 @@ def _index_map(shape: np.ndarray, order: np.ndarray, flips: np.ndarray) -> np.nd
 
 
 def _grid(volume: Volume) -> str:
-    shape = " x ".join(map(str, volume.array.shape))
+    shape = " x ".join(map(str, volume.array.shape[:3]))
     spacing, origin = (" ".join(f"{v:.6g}" for v in vs) for vs in (volume.spacing, volume.affine[:3, 3]))
     return f"shape {shape}, spacing {spacing} mm, axes {volume.axes}, origin {origin}"
 
@@ -237,7 +263,9 @@ def integers(array: np.ndarray, where: str | os.PathLike) -> np.ndarray:
         broken = np.abs(array - rounded) > 1e-3
         if broken.any():
             values = _listed(np.unique(array[broken]))
-            raise InputError(f"{where}: label values {values} are not whole; resample labels by nearest")
+            raise InputError(
+                f"{where}: label values {values} are not whole; resample labels by nearest, or set a mask_threshold"
+            )
         array = rounded
     low, high = array.min(initial=0), array.max(initial=0)
     if low < -32768 or high > 65535:

@@ -4,6 +4,7 @@ Below the destination:
     train_npz/CASE_slice000.npz   a training slice, `image` float32 and `label` uint8
     test_vol_h5/CASE.npy.h5       a test volume at its own size; attributes: affine, geometry, recipe
     lists/train.txt, test_vol.txt names of these slices and cases
+    medsam_npz/SPLIT/CASE.npz     on request: the same case as MedSAM stores it
     recipe.yaml                   the recipe, with the classes, size and split that were used
     cases/CASE.json               per case: source files, recipe, geometry (affine), files made, voxels per
                                   class. Written last, so a case that has it is whole
@@ -12,6 +13,7 @@ Below the destination:
 import concurrent.futures
 import concurrent.futures.process
 import dataclasses
+import glob
 import hashlib
 import json
 import multiprocessing
@@ -23,12 +25,15 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from samlora.data.grid import Case, match_grid
+from samlora.data.dataset import check_patients
+from samlora.data.grid import Case, neighbours
 from samlora.data.layouts import Layout, Pair, find_pairs
+from samlora.data.parts import drop_small_parts
 from samlora.data.recipe import Recipe
-from samlora.data.volume import read_volume, write_case, write_slice
+from samlora.data.sources import label_values, read_image, read_label, resolve_classes
+from samlora.data.volume import write_case, write_medsam, write_slice
 from samlora.errors import InputError
-from samlora.files import whole
+from samlora.files import identity, whole
 
 _MOST_WORKERS = 8  # a case of 512 x 512 x 200 takes about 1 GB while it is prepared
 
@@ -48,7 +53,7 @@ class Summary:
 
     def __str__(self) -> str:
         train = [r for r in self.records if r["split"] == "train"]
-        slices = sum(len(r["files"]) for r in train)
+        slices = sum(len(_slices(r)) for r in train)
         width = max(len(r["name"]) for r in self.records)
         lines = [f"{'case':<{width}}  split   size         values after mapping"]
         for r in self.records:
@@ -73,6 +78,8 @@ class _Job:
     split: str
     recipe: Recipe
     destination: Path
+    series: str | None
+    medsam: bool
 
     @property
     def record(self) -> Path:
@@ -80,8 +87,9 @@ class _Job:
 
     def stamp(self) -> dict:
         """What the case is made from; while it is the same, the files need not be made again."""
-        files = {"image": _fingerprint(self.pair.image), "label": _fingerprint(self.pair.label)}
-        return {"format": 1, "split": self.split, "source": files, "recipe": self.recipe.to_dict()}
+        source = {"files": [identity(path) for path in self.pair.files], "series": self.series}
+        made = {"split": self.split, "source": source, "recipe": self.recipe.to_dict(), "medsam": self.medsam}
+        return {"format": 2, **made}
 
 
 def prepare(
@@ -92,32 +100,38 @@ def prepare(
     size: int | None = None,
     test_cases: Sequence[str] | None = None,
     test_fraction: float | None = None,
+    series: str | None = None,
+    medsam: bool = False,
     workers: int | None = None,
     overwrite: bool = False,
 ) -> Summary:
-    """Makes SAMed's layout in `destination` from the volumes in `source` (see `layouts.find_pairs`).
+    """Makes SAMed's layout in `destination` from the images and labels in `source` (see `layouts.find_pairs`).
 
     recipe: a Recipe, a name or a YAML file. size: training slices become (size, size), images by cubic
     spline, labels by nearest; test volumes keep their size. Test cases: `test_cases` by name, or
-    `test_fraction` of the cases (by a hash of their names), or the recipe's, or those the layout keeps apart.
+    `test_fraction` of the patients (by a hash of their names), or the recipe's, or those the layout keeps apart.
     A recipe without classes takes those of dataset.json, or else one class per value in the label files.
-    workers: processes, by default one per core and 8 at most; a script that calls this with more than one
-    needs `if __name__ == "__main__":`, as with all of multiprocessing. Cases that are there, made from the
-    same files with the same recipe, are kept. overwrite: makes all of them again and removes cases that
-    `source` does not have. Raises InputError or MissingFileError naming the file that cannot be used.
+    series: which series of the DICOM folders. medsam: also writes each case as MedSAM stores it.
+    workers: processes, by default one per core and 8 at most; a script that calls this with more than one needs
+    `if __name__ == "__main__":`, as with all of multiprocessing. Cases that are there, made from the same files
+    with the same recipe, are kept. overwrite: makes all of them again and removes cases that `source` does not
+    have. Raises InputError or MissingFileError naming the file that cannot be used.
     """
     destination = Path(destination)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if size is not None:
         recipe = dataclasses.replace(recipe, size=size)
+    if destination.exists() and not destination.is_dir():
+        raise InputError(f"{destination}: is a file; give a folder for the prepared data")
     layout = find_pairs(source)
-    workers = _workers(workers, len(layout.pairs))
-    test, warnings = _test_cases(layout, recipe, test_cases, test_fraction)
-    recipe = _with_classes(recipe, layout, workers)
+    pairs = wanted(layout.pairs, recipe)
+    workers = _workers(workers, len(pairs))
+    test, warnings = _test_cases(pairs, recipe, test_cases, test_fraction)
+    recipe = _with_classes(recipe, layout, pairs, workers)
     # The split belongs to the data set as a whole: changing it must not make every case anew.
     part = dataclasses.replace(recipe, test_cases=())
-    jobs = [_Job(p, "test" if p.name in test else "train", part, destination) for p in layout.pairs]
-    _claim(destination, {pair.name for pair in layout.pairs}, overwrite)
+    jobs = [_Job(p, "test" if p.name in test else "train", part, destination, series, medsam) for p in pairs]
+    _claim(destination, {pair.name for pair in pairs}, overwrite)
     records = {} if overwrite else {job.pair.name: r for job in jobs if (r := _done(job)) is not None}
     skipped = len(records)
     pending = [job for job in jobs if job.pair.name not in records]
@@ -127,7 +141,7 @@ def prepare(
     records |= {r["name"]: r for r in _parallel(_prepare_case, pending, workers, "preparing")}
     ordered = [records[job.pair.name] for job in jobs]
 
-    train = [Path(file).stem for r in ordered if r["split"] == "train" for file in r["files"]]
+    train = [name for r in ordered if r["split"] == "train" for name in _slices(r)]
     _write_text(destination / "lists" / "train.txt", train)
     _write_text(destination / "lists" / "test_vol.txt", [r["name"] for r in ordered if r["split"] == "test"])
     used = dataclasses.replace(recipe, test_cases=tuple(sorted(test)))
@@ -138,47 +152,61 @@ def prepare(
 def _prepare_case(job: _Job) -> dict:
     """Makes all files of one case and returns its record."""
     pair, recipe, name = job.pair, job.recipe, job.pair.name
-    image = read_volume(pair.image)
-    label = match_grid(read_volume(pair.label, labels=True), to=image)
     stamp = job.stamp()
-    mapped = dataclasses.replace(label, array=recipe.map_labels(label.array))
-    left_out = label.array[(mapped.array == 0) & (label.array != 0)]
-    voxels = np.sum([np.bincount(x.ravel(), minlength=recipe.num_classes + 1) for x in mapped.array], axis=0)
-    geometry = image.geometry(recipe.orientation, recipe.slice_axis)
-    try:
-        values = recipe.normalise(image.array)
-    except InputError as error:
-        raise InputError(f"{pair.image}: {error}") from None
-    images = recipe.to_slices(dataclasses.replace(image, array=values))
-    labels = recipe.to_slices(mapped)
-    geometry = dataclasses.replace(geometry, box=recipe.crop_box(images))
-    if geometry.box is not None:
-        top, bottom, left, right = geometry.box
-        images, labels = (np.ascontiguousarray(x[:, top:bottom, left:right]) for x in (images, labels))
+    image = read_image(pair, job.series)
+    label, remarks = read_label(pair, image, recipe)
+    case = recipe.to_case(image, label, name)
     _remove(job.destination, name)
     if job.split == "test":
         files = [f"test_vol_h5/{name}.npy.h5"]
-        write_case(Case(images, labels, geometry, recipe.to_dict(), name), job.destination / files[0])
+        write_case(case, job.destination / files[0])
     else:
-        files = _write_slices(job, images, labels)
-    record = {"name": name, **stamp, "geometry": geometry.to_dict(), "size": list(images.shape)}
-    record |= {"files": files, "voxels": voxels.tolist(), "to_background": np.unique(left_out).tolist()}
+        files = _write_slices(job, case)
+    if job.medsam:
+        files.append(f"medsam_npz/{job.split}/{name}.npz")
+        write_medsam(job.destination / files[-1], case.image, case.label, case.spacing and case.spacing[::-1])
+    voxels = np.bincount(label.array.ravel(), minlength=recipe.num_classes + 1)
+    record = {"name": name, **stamp, "geometry": case.geometry.to_dict(), "size": list(case.image.shape[:3])}
+    record |= {"files": files, "voxels": voxels.tolist(), "remarks": remarks}
     _write_text(job.record, [json.dumps(record, indent=1)])
     return record
 
 
-def _write_slices(job: _Job, images: np.ndarray, labels: np.ndarray) -> list[str]:
+def _slices(record: dict) -> list[str]:
+    """Names of the training slices that a case gave."""
+    return [Path(file).stem for file in record["files"] if file.startswith("train_npz/")]
+
+
+def _write_slices(job: _Job, case: Case) -> list[str]:
     from samlora.data.augment import resize_image, resize_label
 
-    files, size = [], job.recipe.size
-    for n, (image, label) in enumerate(zip(images, labels)):
-        if job.recipe.keep == "foreground" and not label.any():
-            continue
+    files, recipe, size = [], job.recipe, job.recipe.size
+    labels = case.label
+    if recipe.min_voxels or recipe.min_pixels:
+        labels = drop_small_parts(labels, recipe.min_voxels, recipe.min_pixels)
+    for n in _kept(labels, recipe.keep):
+        image = neighbours(case.image, [n])[0] if recipe.channels == "neighbours" else case.image[n]
+        label = labels[n]
         if size is not None:
-            image, label = resize_image(image, (size, size)), resize_label(label, (size, size))
+            channels_first = np.moveaxis(image, -1, 0) if image.ndim == 3 else image
+            resized = resize_image(channels_first, (size, size))
+            image = np.moveaxis(resized, 0, -1) if image.ndim == 3 else resized
+            label = resize_label(label, (size, size))
         files.append(f"train_npz/{job.pair.name}_slice{n:03d}.npz")
         write_slice(job.destination / files[-1], image, label)
     return files
+
+
+def _kept(labels: np.ndarray, keep: str | float) -> list[int]:
+    """Which slices of a label map (D, H, W) are trained on; a share of the empty ones is spread evenly over them."""
+    if keep == "all":
+        return list(range(len(labels)))
+    shown = labels.any(axis=(1, 2))
+    full, empty = np.flatnonzero(shown), np.flatnonzero(~shown)
+    share = 0.0 if keep == "foreground" else keep
+    count = round(share * len(empty))
+    chosen = empty[np.linspace(0, len(empty) - 1, count).round().astype(int)] if count else empty[:0]
+    return sorted([*full.tolist(), *chosen.tolist()])
 
 
 def _done(job: _Job) -> dict | None:
@@ -192,19 +220,12 @@ def _done(job: _Job) -> dict | None:
         return None
 
 
-def _fingerprint(path: Path) -> list:
-    """Name, size and time of change of a file, or of the files of a DICOM folder."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    stats = [file.stat() for file in files]
-    changed = max((s.st_mtime_ns for s in stats), default=0)
-    return [path.name, len(files), sum(s.st_size for s in stats), changed]
-
-
 def _claim(destination: Path, names: set[str], overwrite: bool) -> None:
     """Refuses, or clears, cases in the destination that the source has not: training would use them too."""
     present = {path.stem for path in destination.glob("cases/[!.]*.json")}
     present |= {path.name.removesuffix(".npy.h5") for path in destination.glob("test_vol_h5/[!.]*.npy.h5")}
     present |= {path.stem.rsplit("_slice", 1)[0] for path in destination.glob("train_npz/[!.]*.npz")}
+    present |= {path.stem for path in destination.glob("medsam_npz/*/[!.]*.npz")}
     strangers = sorted(present - names)
     if strangers and not overwrite:
         raise InputError(
@@ -219,58 +240,65 @@ def _remove(destination: Path, name: str) -> None:
     """Removes all files of a case, its record first: what stays after a crash is not taken for whole."""
     (destination / "cases" / f"{name}.json").unlink(missing_ok=True)
     (destination / "test_vol_h5" / f"{name}.npy.h5").unlink(missing_ok=True)
+    for path in destination.glob(f"medsam_npz/*/{glob.escape(name)}.npz"):
+        path.unlink()
     slices = re.compile(re.escape(name) + r"(_slice\d+)?\.npz")
     for path in (destination / "train_npz").glob("*.npz"):
         if slices.fullmatch(path.name):
             path.unlink()
 
 
+def wanted(pairs: list[Pair], recipe: Recipe) -> list[Pair]:
+    """The cases that the recipe takes. Raises InputError if there are none."""
+    if recipe.cases is None:
+        return pairs
+    found = [pair for pair in pairs if re.fullmatch(recipe.cases, pair.name)]
+    if not found:
+        names = ", ".join(pair.name for pair in pairs[:5])
+        raise InputError(f"recipe {recipe.name}: cases {recipe.cases!r} fits none of those found: {names}")
+    return found
+
+
 def _test_cases(
-    layout: Layout, recipe: Recipe, test_cases: Sequence[str] | None, fraction: float | None
+    pairs: Sequence[Pair], recipe: Recipe, test_cases: Sequence[str] | None, fraction: float | None
 ) -> tuple[set[str], list[str]]:
-    """Names of the test cases, and warnings."""
-    names = [pair.name for pair in layout.pairs]
+    """Names of the test cases, and warnings. Raises InputError where a patient would be on both sides."""
+    names = [pair.name for pair in pairs]
+    patients = {name: recipe.patient_of(name) for name in names}
     if test_cases is not None and fraction is not None:
         raise InputError("--test_cases and --test_fraction are both given; give one of them")
     if fraction is not None:
         if not 0 <= fraction <= 1:
             raise InputError(f"--test_fraction {fraction}: a share of the cases from 0 to 1 is needed")
-        # By hash, so that a case keeps its side when others are added.
-        order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-        return set(order[: round(fraction * len(names))]), []
+        # By hash, so that a patient keeps its side when others are added.
+        order = sorted(set(patients.values()), key=lambda name: hashlib.sha256(name.encode()).digest())
+        chosen = set(order[: round(fraction * len(order))])
+        return {name for name, patient in patients.items() if patient in chosen}, []
+    warnings = []
     if test_cases is not None:
+        flag, chosen = "--test_cases", set(test_cases)
         unknown = [name for name in test_cases if name not in names]
         if unknown:
             known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             raise InputError(f"--test_cases {unknown[0]}: no such case; there are {known}")
-        return set(test_cases), []
-    if recipe.test_cases:
+    elif recipe.test_cases:
+        flag, chosen = f"recipe {recipe.name}: test_cases", set(recipe.test_cases) & set(names)
         absent = [name for name in recipe.test_cases if name not in names]
-        line = f"test cases of recipe {recipe.name} that are not here: {', '.join(absent)}"
-        return set(recipe.test_cases) & set(names), [line] if absent else []
-    return {pair.name for pair in layout.pairs if pair.test}, []
+        if absent:
+            warnings = [f"test cases of recipe {recipe.name} that are not here: {', '.join(absent)}"]
+    else:
+        flag, chosen = "the folder for testing:", {pair.name for pair in pairs if pair.test}
+    check_patients(chosen, patients, flag)
+    return chosen, warnings
 
 
-def _with_classes(recipe: Recipe, layout: Layout, workers: int) -> Recipe:
+def _with_classes(recipe: Recipe, layout: Layout, pairs: list[Pair], workers: int) -> Recipe:
     """`recipe`, its classes taken from the data set where it has none."""
-    if recipe.classes:
-        return recipe
-    classes = layout.classes
-    if not classes:
-        labels = [pair.label for pair in layout.pairs]
-        found = set().union(*_parallel(_label_values, labels, workers, "reading labels"))
-        classes = {f"label_{value}": [value] for value in sorted(found) if value > 0}
-        if not 0 < len(classes) < 256:
-            raise InputError(
-                f"{labels[0].parent}: {len(classes)} different label values in its files, 1 to 255 can be "
-                "used; list the classes in a recipe (--dataset FILE.yaml)"
-            )
-    label_values = tuple(tuple(values) for values in classes.values())
-    return dataclasses.replace(recipe, classes=tuple(classes), label_values=label_values)
 
+    def values(pairs: Sequence[Pair]) -> Iterable[dict[int | str, int]]:
+        return _parallel(label_values, pairs, workers, "reading labels")
 
-def _label_values(path: Path) -> set[int]:
-    return set(np.unique(read_volume(path, labels=True).array).tolist())
+    return resolve_classes(recipe, dataclasses.replace(layout, pairs=pairs), values)
 
 
 def _remarks(recipe: Recipe, records: list[dict]) -> list[str]:
@@ -281,13 +309,13 @@ def _remarks(recipe: Recipe, records: list[dict]) -> list[str]:
             lines.append(f"class {n} {name} occurs in no case; are its values those of the label files?")
         elif train and not any(r["voxels"][n] for r in train):
             lines.append(f"class {n} {name} occurs in no training case")
-    empty = [r["name"] for r in train if not r["files"]]
+    empty = [r["name"] for r in train if not _slices(r)]
     if empty:
         lines.append(f"no slice with foreground in {', '.join(empty)}")
-    unlisted = sorted({value for r in records for value in r["to_background"]})
-    if unlisted:
-        shown = " ".join(map(str, unlisted[:20])) + (" ..." if len(unlisted) > 20 else "")
-        lines.append(f"label values that no class lists became background: {shown}")
+    for remark in dict.fromkeys(remark for r in records for remark in r["remarks"]):
+        cases = [r["name"] for r in records if remark in r["remarks"]]
+        named = "" if len(cases) > 3 else f": {', '.join(cases)}"
+        lines.append(f"{remark} (in {len(cases)} of {len(records)} cases{named})")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""How a volume becomes slices: value range, orientation, slice axis, size, classes. Data, read from YAML.
+"""How a volume becomes slices: value range, orientation, slice axis, channels, size, classes. Data, read from YAML.
 
 A recipe is stored with the data it made and in every adapter trained on them, so that prediction can prepare
 its volumes the same way and refuse those that were prepared otherwise.
@@ -6,6 +6,7 @@ its volumes the same way and refuse those that were prepared otherwise.
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,30 +14,41 @@ from typing import Any
 import numpy as np
 import yaml
 
-from samlora.data.grid import Volume, body_axes, integers, reorient, slice_order
+from samlora.data.grid import Case, Volume, body_axes, integers, reorient, slice_order, transposed
 from samlora.errors import InputError, MissingFileError
 from samlora.files import shipped
 
 MODALITIES = ("ct", "mr", "image")
 KEEP = ("all", "foreground")
+CHANNELS = ("repeat", "rgb", "neighbours")
 CROPS = (None, "body")
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # gray of red, green, blue: ITU-R BT.601
 # What a model sees and what its outputs mean. The rest (name, label values, split, which slices were kept)
 # may differ between the data of training and those of prediction.
-_SEEN = ("modality", "window", "percentiles", "orientation", "slice_axis", "crop", "size", "classes")
+_SEEN = ("modality", "window", "percentiles", "orientation", "slice_axis", "crop", "size", "channels", "classes")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """One way to turn volumes into slices.
 
-    window: (low, high), mapped to 0..1 and clipped; HU for CT. percentiles: the same with the (low, high)
-    percentiles of a volume's non-zero voxels. An "image" needs neither: 8 or 16 bit, or 0..1 already.
+    window: (low, high), mapped to 0..1 and clipped; HU for CT; {"level": 40, "width": 400} means the same. percentiles:
+    the same with the (low, high) percentiles of a volume's non-zero voxels, each channel for itself. An "image" needs
+    neither: 8 or 16 bit, or 0..1 already.
     orientation: axis codes a volume is turned to, e.g. "LPS"; None leaves it as stored. slice_axis: the axis
     of that array which is cut. crop: "body" keeps the rectangle of the slices that holds the body, so that fields of
     view of different size look alike; None keeps all. size: training slices become (size, size); None keeps theirs.
-    classes: foreground names, class 1 first; label_values: per class its values in the label files. Both
-    empty: taken from the data when they are prepared. test_cases: names. keep: "all" slices for training, or
-    those with "foreground". Raises InputError for values that contradict this.
+    channels: what the model's inputs show. "repeat": one gray channel in all three (colours become gray). "rgb": the
+    colours. "neighbours": the slices z-1, z and z+1. Or numbers of channels of the volume, from 0: one is repeated,
+    three are taken as they are, other counts go through a learned 1x1 convolution that belongs to the adapter.
+    classes: foreground names, class 1 first; label_values: per class its values in the label files, or the names that
+    the data set gives them. Both empty: taken from the data when they are prepared. mask_threshold: label files are
+    soft, JPEG or otherwise inexact masks of one class; what is above belongs to it. cases: a regular expression for the
+    names of the cases to take; None for all. patient: a regular expression whose group finds the patient in the name
+    of a case; None where each case is another patient. test_cases: names.
+    keep: "all" slices for training, those with "foreground", or those and this share (0 to 1) of the others, evenly
+    spread. min_voxels, min_pixels: smaller parts of a class, in 3D and within a slice, are dropped from the labels of
+    training slices. Raises InputError for values that contradict this.
     """
 
     name: str
@@ -47,10 +59,16 @@ class Recipe:
     slice_axis: int = 2
     crop: str | None = None
     size: int | None = None
+    channels: str | tuple[int, ...] = "repeat"
     classes: tuple[str, ...] = ()
-    label_values: tuple[tuple[int, ...], ...] = ()
+    label_values: tuple[tuple[int | str, ...], ...] = ()
+    mask_threshold: float | None = None
+    cases: str | None = None
+    patient: str | None = None
     test_cases: tuple[str, ...] = ()
-    keep: str = "all"
+    keep: str | float = "all"
+    min_voxels: int = 0
+    min_pixels: int = 0
 
     def __post_init__(self) -> None:
         for key in ("window", "percentiles"):
@@ -59,12 +77,25 @@ class Recipe:
         object.__setattr__(self, "classes", tuple(self.classes))
         object.__setattr__(self, "label_values", tuple(tuple(values) for values in self.label_values))
         object.__setattr__(self, "test_cases", tuple(self.test_cases))
+        if isinstance(self.channels, list | tuple):
+            object.__setattr__(self, "channels", tuple(self.channels))
         self._check()
 
     @property
     def num_classes(self) -> int:
         """Number of foreground classes; 0 while they are still to be taken from the data."""
         return len(self.classes)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that a model for this recipe takes: 3, or as many as are chosen where these are not 1 or 3."""
+        chosen = len(self.channels) if isinstance(self.channels, tuple) else 3
+        return 3 if chosen == 1 else chosen
+
+    def patient_of(self, case: str) -> str:
+        """The patient that a case shows: what the group of `patient` finds in its name, else the case itself."""
+        found = re.match(self.patient, case) if self.patient else None
+        return found[1] if found else case
 
     @classmethod
     def load(cls, name_or_path: str | os.PathLike) -> "Recipe":
@@ -88,8 +119,9 @@ class Recipe:
     def from_dict(cls, values: Mapping[str, Any], where: str = "recipe") -> "Recipe":
         """The recipe of a mapping as `to_dict` gives it and as the YAML files hold it.
 
-        `classes` maps each class name to its value, or list of values, in the label files. Keys with a
-        default may be left out. Raises InputError, naming `where`, for unknown, missing or unusable keys.
+        `classes` maps each class name to its value, or list of values, in the label files; values are numbers, or
+        the names that the data set gives them. A plain list of classes: those names. Keys with a default may be left
+        out. Raises InputError, naming `where`, for unknown, missing or unusable keys.
         """
         if not isinstance(values, Mapping):
             raise InputError(f"{where}: a mapping of keys to values is needed, found {type(values).__name__}")
@@ -103,6 +135,8 @@ class Recipe:
         given = {key: value for key, value in values.items() if value is not None}
         classes = given.pop("classes", {})
         try:
+            if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes):
+                classes = {name: name for name in classes}
             if not isinstance(classes, Mapping):
                 raise InputError(f"classes {classes!r}: give each class as `name: value in the label files`")
             label_values = [v if isinstance(v, list | tuple) else [v] for v in classes.values()]
@@ -129,11 +163,41 @@ class Recipe:
         pairs = ((key, getattr(self, key), getattr(other, key)) for key in _SEEN)
         return [f"{key} {here} here, {there} there" for key, here, there in pairs if here != there]
 
-    def normalise(self, array: np.ndarray) -> np.ndarray:
-        """A volume's or image's values as float32 in 0..1, same shape.
+    def to_case(self, image: Volume, label: Volume | None = None, name: str = "") -> Case:
+        """A volume, and its label map of classes on the same grid, as slices: in range, turned, cropped.
 
-        Percentiles are those of the array, so hand in the whole volume. Raises InputError for an "image"
-        whose values are neither 8 or 16 bit integers nor in 0..1.
+        Raises InputError, naming the volume, if its values or channels do not fit.
+        """
+        images, labels = self.image_stack(image), None if label is None else self.to_slices(label)
+        geometry = image.geometry(self.orientation, self.slice_axis)
+        box = self.crop_box(images)
+        if box is not None:
+            top, bottom, left, right = box
+            images = np.ascontiguousarray(images[:, top:bottom, left:right])
+            labels = None if labels is None else np.ascontiguousarray(labels[:, top:bottom, left:right])
+        return Case(images, labels, dataclasses.replace(geometry, box=box), self.to_dict(), name)
+
+    def image_stack(self, volume: Volume) -> np.ndarray:
+        """A volume as the slices a model for this recipe sees: float32 in 0..1, turned, not cropped.
+
+        (D, H, W) for one gray channel (also for "neighbours": `samlora.data.grid.neighbours` makes three of them),
+        else (D, H, W, C). Raises InputError, naming the volume, if its values or channels do not fit.
+        """
+        try:
+            array = self._in_range(self._chosen(volume.array))
+        except InputError as error:
+            raise InputError(f"{volume.path or 'the volume'}: {error}") from None
+        if array.ndim == 4 and self.channels in ("repeat", "neighbours"):
+            array = array @ _LUMA
+        elif array.ndim == 3 and self.channels == "rgb":
+            array = np.repeat(array[..., None], 3, axis=-1)
+        return self.to_slices(dataclasses.replace(volume, array=array))
+
+    def normalise(self, array: np.ndarray) -> np.ndarray:
+        """One channel's values, of a whole volume or image, as float32 in 0..1, same shape.
+
+        Raises InputError for CT values that are no HU, and for an "image" whose values are neither 8 or 16 bit integers
+        nor in 0..1.
         """
         low, high = self._limits(array)
         if high <= low:  # a volume of one value
@@ -147,6 +211,11 @@ class Recipe:
         """
         if not self.classes:
             raise InputError(f"recipe {self.name}: it has no classes; list them or use `samlora prepare`")
+        names = [value for values in self.label_values for value in values if isinstance(value, str)]
+        if names:
+            raise InputError(
+                f"recipe {self.name}: the value of {names[0]!r} is not known here; give numbers as classes"
+            )
         array = integers(array, f"recipe {self.name}: labels")
         low, high = int(array.min()), int(array.max())
         table = np.zeros(high - low + 1, np.uint8)
@@ -157,13 +226,14 @@ class Recipe:
     def to_slices(self, volume: Volume) -> np.ndarray:
         """The volume's array (i, j, k) as slices (D, H, W): turned to `orientation`, cut along `slice_axis`.
 
-        For slice_axis 2 an array (x, y, z) becomes (z, y, x). `grid.case_to_volume` is the way back.
+        For slice_axis 2 an array (x, y, z) becomes (z, y, x); channels stay the last axis. `grid.case_to_volume` is the
+        way back.
         """
         turned = volume if self.orientation is None else reorient(volume, self.orientation)
-        return np.ascontiguousarray(turned.array.transpose(slice_order(self.slice_axis)))
+        return np.ascontiguousarray(transposed(turned.array, slice_order(self.slice_axis)))
 
     def crop_box(self, stack: np.ndarray) -> tuple[int, int, int, int] | None:
-        """What `crop` keeps of a normalised stack (D, H, W): (top, bottom, left, right), ends excluded; None for all.
+        """What `crop` keeps of a stack (D, H, W[, C]): (top, bottom, left, right), ends excluded; None for all.
 
         The body is the largest connected part, in 3D, of what is above a twentieth of the value range, after an
         opening that cuts off the table and what lies beside the body; found on a grid of about 128 pixels a side.
@@ -172,6 +242,8 @@ class Recipe:
             return None
         from scipy.ndimage import binary_opening, find_objects, label
 
+        if stack.ndim == 4:
+            stack = stack.max(axis=3)
         step = max(1, max(stack.shape[1:]) // 128)
         parts, count = label(binary_opening(stack[:, ::step, ::step] > 0.05, np.ones((1, 3, 3))))
         if not count:
@@ -181,8 +253,35 @@ class Recipe:
         ends = [(max(0, k.start * step - step), min(n, k.stop * step + step)) for k, n in zip(kept, stack.shape[1:])]
         return (*ends[0], *ends[1])
 
+    def _chosen(self, array: np.ndarray) -> np.ndarray:
+        """The channels that count: (i, j, k), or (i, j, k, C) for more than one."""
+        if isinstance(self.channels, tuple):
+            array = array if array.ndim == 4 else array[..., None]
+            if max(self.channels) >= array.shape[3]:
+                raise InputError(
+                    f"it has {array.shape[3]} channels, the recipe takes {list(self.channels)}, counted from 0"
+                )
+            array = array[..., self.channels]
+        colours = array.ndim == 4 and array.shape[3] == 3 and (self.modality == "image" or self.channels == "rgb")
+        if array.ndim == 4 and array.shape[3] == 1:
+            return array[..., 0]
+        if array.ndim == 4 and not colours and not isinstance(self.channels, tuple):
+            every = list(range(array.shape[3]))
+            raise InputError(
+                f"it has {array.shape[3]} channels; say in the recipe which to take, such as channels: {every}"
+            )
+        return array
+
+    def _in_range(self, array: np.ndarray) -> np.ndarray:
+        if array.ndim == 3 or self.percentiles is None:
+            return self.normalise(array)
+        return np.stack([self.normalise(array[..., c]) for c in range(array.shape[3])], axis=-1)
+
     def _limits(self, array: np.ndarray) -> tuple[float, float]:
         if self.window is not None:
+            if self.modality == "ct" and array.size and 0 <= array.min() and array.max() <= 255:
+                found = f"{array.min():g}..{array.max():g}"
+                raise InputError(f"its values {found} are no Hounsfield units, which the recipe {self.name} needs (CT)")
             return self.window
         if self.percentiles is not None:
             values = array[array != 0]
@@ -198,19 +297,23 @@ class Recipe:
         return 0.0, 1.0
 
     def _range(self, key: str) -> tuple[float, float]:
+        given = getattr(self, key)
         try:
-            low, high = (float(value) for value in getattr(self, key))
+            if isinstance(given, Mapping) and given.keys() == {"level", "width"} and key == "window":
+                level, width = float(given["level"]), float(given["width"])
+                given = level - width / 2, level + width / 2
+            low, high = (float(value) for value in given)
         except (TypeError, ValueError):
             low = high = np.nan
         bounds = (0, 100) if key == "percentiles" else (-np.inf, np.inf)
         if not bounds[0] <= low < high <= bounds[1]:
-            allowed = "0..100" if key == "percentiles" else "HU for CT"
+            allowed = "0..100" if key == "percentiles" else "HU for CT; or {level: 40, width: 400}"
             value = getattr(self, key)
             raise InputError(f"{key} {value!r}: [low, high] with low < high is needed ({allowed})")
         return low, high
 
     def _check(self) -> None:
-        allowed = {"modality": MODALITIES, "keep": KEEP, "crop": CROPS, "slice_axis": (0, 1, 2)}
+        allowed = {"modality": MODALITIES, "crop": CROPS, "slice_axis": (0, 1, 2)}
         for key, values in allowed.items():
             if getattr(self, key) not in values:
                 raise InputError(f"{key} {getattr(self, key)!r}: allowed is {', '.join(map(str, values))}")
@@ -222,21 +325,42 @@ class Recipe:
             body_axes(str(self.orientation))
         if self.size is not None and (type(self.size) is not int or self.size < 16):
             raise InputError(f"size {self.size!r}: a whole number of pixels, at least 16, is needed")
+        self._check_choices()
         if not all(isinstance(name, str) and name for name in (self.name, *self.classes, *self.test_cases)):
             raise InputError(f"name, classes {self.classes} and test_cases must be text; quote them in YAML")
         if "background" in self.classes:
             raise InputError("classes: background is class 0 always and is not listed")
         self._check_values()
 
+    def _check_choices(self) -> None:
+        share = type(self.keep) in (int, float) and 0 < self.keep < 1
+        if self.keep not in KEEP and not share:
+            raise InputError(f"keep {self.keep!r}: all, foreground, or a share of the empty slices between 0 and 1")
+        numbers = isinstance(self.channels, tuple) and self.channels and all(type(n) is int for n in self.channels)
+        if not (numbers and min(self.channels) >= 0) and self.channels not in CHANNELS:
+            raise InputError(f"channels {self.channels!r}: {', '.join(CHANNELS)}, or numbers such as [0, 2] are needed")
+        if self.mask_threshold is not None and type(self.mask_threshold) not in (int, float):
+            raise InputError(f"mask_threshold {self.mask_threshold!r}: a number, in the label files' values, is needed")
+        for key in ("min_voxels", "min_pixels"):
+            if type(getattr(self, key)) is not int or getattr(self, key) < 0:
+                raise InputError(f"{key} {getattr(self, key)!r}: a whole number, 0 or more, is needed")
+        for key, groups in (("cases", 0), ("patient", 1)):
+            pattern = getattr(self, key)
+            try:
+                if pattern is not None and re.compile(pattern).groups < groups:
+                    raise InputError(f"{key} {pattern!r}: it needs a group, (...), that finds the patient")
+            except (re.error, TypeError) as error:
+                raise InputError(f"{key} {pattern!r}: is no regular expression ({error})") from None
+
     def _check_values(self) -> None:
         if len(self.classes) != len(self.label_values) or len(self.classes) > 255:
             counts = f"{len(self.classes)} classes, {len(self.label_values)} label_values"
             raise InputError(f"{counts}; as many of one as of the other are needed, 255 at most")
-        used: dict[int, str] = {}
+        used: dict[int | str, str] = {}
         for name, values in zip(self.classes, self.label_values):
             for value in values or (None,):
-                if type(value) is not int or value == 0:
-                    raise InputError(f"class {name}: value {value!r}; whole numbers other than 0 are needed")
+                if type(value) not in (int, str) or value in (0, ""):
+                    raise InputError(f"class {name}: value {value!r}; whole numbers other than 0, or names, are needed")
                 if used.setdefault(value, name) != name:
                     raise InputError(f"classes {used[value]} and {name} both have value {value}; choose one")
         if len(set(self.classes)) != len(self.classes):

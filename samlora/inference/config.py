@@ -1,8 +1,15 @@
-"""The options of testing: SAMed's names and defaults, and what this project adds."""
+"""The options of testing (SAMed's names and defaults, and what this project adds) and of prediction."""
 
 from dataclasses import dataclass
 
+from samlora.errors import InputError
 from samlora.options import option
+
+_TTA = "test-time augmentation: average a slice and its three mirror images; four times the work"
+_POSTPROCESS = (
+    "done in this order: largest (keep the largest part of a class), drop=N (parts under N mm3), fill (holes), "
+    "close=R (gaps, by a ball of R mm), smooth=S (contours, by S mm), labels=1,3 (these classes alone)"
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class TestConfig:
         "whose figures lead: strict (mm; undefined is excluded and counted) or samed (as published)",
         ("strict", "samed"),
     )
+    tta: bool = option(False, _TTA)
+    postprocess: tuple[str, ...] = option((), _POSTPROCESS)
     batch_size: int = option(16, "slices per forward pass")
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda", "mps"))
     precision: str = option(
@@ -47,3 +56,45 @@ class TestConfig:
     )
     seed: int = option(1234, "seed of everything random")
     deterministic: int = option(1, "1: same result on the same machine; 0: let cuDNN choose")
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """All of a prediction but its inputs. What the adapter file knows need not be given."""
+
+    output: str | None = option(None, "folder for the label maps")
+    adapter: tuple[str, ...] = option((), "the adapter; several are averaged")
+    ckpt: str | None = option(None, "base weights (default: checkpoints/ file of the adapter's variant)")
+    recipe: str | None = option(
+        None, "recipe, for adapters that hold none (SAMed's .pth): a shipped one or a YAML file"
+    )
+    series: str | None = option(None, "which series of a DICOM folder: its number in the list, or its UID")
+    format: str = option(
+        "same",
+        "of the label maps; same: as the input is, DICOM as NIfTI and DICOM SEG",
+        ("same", "nii.gz", "nii", "nrrd", "mha", "png", "npy", "dicom-seg"),
+    )
+    overlay: str = option(
+        "none", "pictures of the result: a sheet of slices, or all slices moving", ("none", "png", "gif")
+    )
+    tta: bool = option(False, _TTA)
+    postprocess: tuple[str, ...] = option((), _POSTPROCESS)
+    batch_size: int = option(16, "slices per forward pass")
+    device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda", "mps"))
+    precision: str = option(
+        "fp32",
+        "number format of the forward pass; auto is bf16 where the device is fast at it",
+        ("fp32", "bf16", "fp16", "auto"),
+    )
+    n_gpu: int = option(1, "processes on this machine, a GPU for each (or --device cpu); they share the inputs")
+    num_nodes: int = option(1, "machines that share the inputs, each with this command, under torchrun")
+    overwrite: bool = option(False, "replace label maps that are there from another adapter or other options")
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise InputError("--output is missing; give the folder for the label maps: -o FOLDER")
+        if not self.adapter:
+            raise InputError("--adapter is missing; give the adapter that train.py printed at its end")
+        for name in ("batch_size", "n_gpu", "num_nodes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)} is not possible; give 1 or more")

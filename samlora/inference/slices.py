@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samlora.data.augment import nearest_index, zoom_matrix
+from samlora.data.grid import neighbours
 
 
 def enlarge(size: int, input_size: int | None, image_size: int) -> np.ndarray:
@@ -31,26 +32,31 @@ def predict_slices(
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
     progress: Callable[[int], object] | None = None,
+    with_neighbours: bool = False,
 ) -> np.ndarray:
     """Labels of every slice of a stack.
 
-    model: on `device`; logits (B, C, S/4, S/4) from images (B, 3, S, S). image: (D, H, W) float32, as the
-    recipe makes it. image_size: S. precision: of the forward pass (autocast unless float32).
-    progress: called with the number of slices done, after each batch.
+    model: on `device`; logits (B, C, S/4, S/4) from images (B, 3, S, S). image: (D, H, W) or (D, H, W, channels)
+    float32, as the recipe makes it. image_size: S. precision: of the forward pass (autocast unless float32).
+    progress: called with the number of slices done, after each batch. with_neighbours: of a gray stack, the slices
+    before and after are the first and third channel (the recipe's channels are "neighbours").
     Returns labels (D, H, W), uint8, or uint16 for more than 255 classes: cubic spline zoom to S, bilinear
     zoom of the logits to S, argmax, nearest zoom back.
     """
-    depth, height, width = image.shape
+    depth, height, width = image.shape[:3]
     rows, cols = (torch.from_numpy(enlarge(n, input_size, image_size)).to(device) for n in (height, width))
     back = [nearest_index(image_size, n) for n in (height, width)]
     row_index, col_index = (torch.from_numpy(index.clip(0)).to(device) for index in back)
     outside = torch.from_numpy((back[0] < 0)[:, None] | (back[1] < 0)).to(device)
-    stack = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
     labels: list[Tensor] = []
     for start in range(0, depth, batch_size):
-        batch = rows @ stack[start : start + batch_size].to(device) @ cols.T
+        part = image[start : start + batch_size]
+        if with_neighbours and image.ndim == 3:
+            part = neighbours(image, range(start, start + len(part)))
+        channels = part[:, None] if part.ndim == 3 else np.moveaxis(part, -1, 1)
+        batch = rows @ torch.from_numpy(np.ascontiguousarray(channels, dtype=np.float32)).to(device) @ cols.T
         with torch.autocast(torch.device(device).type, precision, enabled=precision != torch.float32):
-            logits = model(batch.unsqueeze(1).expand(-1, 3, -1, -1))
+            logits = model(batch.expand(-1, 3, -1, -1) if batch.shape[1] == 1 else batch)
         logits = F.interpolate(logits.float(), (image_size, image_size), mode="bilinear", align_corners=False)
         classes = logits.argmax(dim=1)[:, row_index[:, None], col_index].masked_fill(outside, 0)
         labels.append(classes.to(torch.int32).cpu())

@@ -7,7 +7,7 @@ import numpy as np
 from torch import nn
 
 from samlora.data.dataset import find_volumes
-from samlora.data.grid import Case, case_to_volume
+from samlora.data.grid import Case, case_to_volume, to_show
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_case, write_volume
 from samlora.device import DTYPES, device_name, pick_device, pick_precision
@@ -20,6 +20,8 @@ from samlora.evaluation.report import (
     write_summary_json,
 )
 from samlora.inference.config import TestConfig
+from samlora.inference.ensemble import Averaged
+from samlora.inference.postprocess import Postprocess
 from samlora.inference.slices import predict_slices
 from samlora.journal import Journal
 from samlora.model.checkpoint import Spec, guess_spec, read_adapter
@@ -51,7 +53,10 @@ def test(config: TestConfig) -> dict[str, dict]:
     spec: Spec = model.spec
     names = dict(enumerate(spec.class_names, start=1))
     input_size = wanted_input_size(config, spec)
-    merge(model).to(device)
+    postprocess = Postprocess.parse(config.postprocess) if config.postprocess else None
+    merge(model)
+    model = (Averaged([model], flips=True).eval() if config.tta else model).to(device)
+    with_neighbours = spec.recipe is not None and Recipe.from_dict(spec.recipe).channels == "neighbours"
 
     out = Path(config.output_dir)
     journal = Journal(out, f"--output_dir {out}")
@@ -63,10 +68,19 @@ def test(config: TestConfig) -> dict[str, dict]:
         case = labelled_case(path, spec, config.lora_ckpt)
         began = time.perf_counter()
         prediction = predict_slices(
-            model, case.image, spec.image_size, input_size, config.batch_size, device, DTYPES[precision]
+            model,
+            case.image,
+            spec.image_size,
+            input_size,
+            config.batch_size,
+            device,
+            DTYPES[precision],
+            with_neighbours=with_neighbours,
         )
-        seconds = time.perf_counter() - began
         spacing = case.spacing or (1.0, 1.0, 1.0)
+        if postprocess is not None:
+            prediction = postprocess(prediction, spacing)
+        seconds = time.perf_counter() - began
         for policy in POLICIES:
             results[policy][case.name] = evaluate(prediction, case.label, spacing, list(names), policy)
         figures = summarise({case.name: results[config.metric_policy][case.name]})["overall"]
@@ -76,7 +90,7 @@ def test(config: TestConfig) -> dict[str, dict]:
             f"{case.name}: {len(prediction)} slices in {seconds:.1f} s, Dice {dice:.4f}, HD95 {hd95:.2f} {unit}"
         )
         picture = out / "overlays" / f"{case.name}.png"
-        contact_sheet(case.image, case.label, prediction, picture, names, **case.display)
+        contact_sheet(to_show(case.image), case.label, prediction, picture, names, **case.display)
         if config.is_savenii:
             save_nifti(case, prediction, out / "predictions")
     summaries = {policy: summarise(cases) for policy, cases in results.items()}
@@ -88,6 +102,8 @@ def test(config: TestConfig) -> dict[str, dict]:
         "variant": spec.variant,
         "image_size": spec.image_size,
         "input_size": input_size,
+        "tta": config.tta,
+        "postprocess": list(config.postprocess),
         "samlora": spec.samlora_version,
         "policy": config.metric_policy,
     }

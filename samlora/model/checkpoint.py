@@ -17,7 +17,9 @@ from samlora.model.lora import lora_names
 from samlora.model.sam import PATCH, VARIANTS, Sam, build_sam, state_shapes, usual_size
 from samlora.model.tensors import compare_shapes, read_tensors, write_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# What adapters of an earlier format do not say, and what it was then.
+_SINCE = {2: {"in_channels": 3}}
 
 # Decoder tensors whose shape, or meaning, depends on the number of classes. They are the only tensors a
 # base checkpoint may lack or hold in another shape, and they start fresh when classes replace SAM's masks.
@@ -38,7 +40,8 @@ class Spec:
 
     num_classes counts foreground classes. lora_layers: adapted encoder blocks, empty without LoRA.
     class_names: one per foreground class. recipe: how its slices were made (samlora.data.recipe), as
-    plain data. base: file name of the base weights, or "random:SEED". base_sha256: of that file.
+    plain data. base: file name of the base weights, or "random:SEED". base_sha256: of that file. in_channels: of the
+    images; other than 3 go through an input stem.
     """
 
     system: str
@@ -53,6 +56,7 @@ class Spec:
     recipe: dict | None = None
     samlora_version: str = ""
     format_version: int = FORMAT_VERSION
+    in_channels: int = 3
 
 
 def _digest(path: Path, kind: str) -> str:
@@ -227,6 +231,9 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], Spec | Non
     if description.get("format_version", 0) > FORMAT_VERSION:
         written = description.get("samlora_version")
         raise InputError(f"{path}: was written by samlora {written}, newer than this one; upgrade samlora")
+    for version, values in _SINCE.items():
+        if description.get("format_version", FORMAT_VERSION) < version:
+            description = values | description
     wrong = description.keys() ^ {field.name for field in fields(Spec)}
     if wrong:
         raise InputError(f"{path}: its description is damaged ({', '.join(sorted(wrong))}); save it again")

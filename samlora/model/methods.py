@@ -16,6 +16,7 @@ from samlora.model import checkpoint
 from samlora.model.checkpoint import Spec
 from samlora.model.lora import inject_decoder, inject_encoder, translate_adapter
 from samlora.model.sam import STOCK_MASKS, VARIANTS, Sam, build_sam, usual_size
+from samlora.model.stem import InputStem
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class System:
 
 
 _ENCODER_LORA = "image_encoder.*.linear_[ab]_[qv].weight"
+_STEM = "input_stem.*"  # there only for images of other than three channels, and then no base knows it
 # A forward pass without prompts touches nothing of the prompt encoder but no_mask_embed, and the loss does
 # not see the IoU head. SAMed marks those 21 tensors trainable all the same; under DDP they would hang.
 _SEMANTIC_DECODER = (
@@ -100,7 +102,7 @@ def named_system(system: str | None, module: str | None) -> str | None:
 def trained_names(model: nn.Module, system: str) -> set[str]:
     """Names of the parameters of `model` that train in `system`."""
     names: set[str] = set()
-    for pattern in system_row(system).trains:
+    for pattern in (*system_row(system).trains, _STEM):
         found = {n for n, _ in model.named_parameters() if fnmatch.fnmatchcase(n, pattern.removeprefix("!"))}
         names = names - found if pattern.startswith("!") else names | found
     return names
@@ -126,6 +128,7 @@ def build_model(
     lora_layers: Iterable[int] | None = None,
     class_names: Iterable[str] | None = None,
     recipe: dict | None = None,
+    in_channels: int = 3,
 ) -> Sam:
     """Builds a system on a base, ready to train: `model(images (B, 3, S, S)) -> logits`, on the CPU, float32.
 
@@ -136,6 +139,7 @@ def build_model(
     num_classes: foreground classes; logits are (B, num_classes + 1, S/4, S/4) with background 0.
     rank, lora_layers: of the LoRA pairs; all encoder blocks when None.
     class_names, recipe: kept in the adapter file; recipe is plain data (samlora.data.recipe).
+    in_channels: channels of the images; other than 3 go through a learned 1x1 convolution (samlora.model.stem).
     The result's `.spec` says what it is. Raises InputError or MissingFileError when something does not fit.
     """
     row = system_row(system)
@@ -146,6 +150,10 @@ def build_model(
         raise InputError(f"{len(names)} class names for num_classes {num_classes}; give one name per foreground class")
     num_masks = num_classes + 1 if row.semantic else None
     sam, base_name, digest = _base(base, variant, row, image_size, num_masks)
+    if in_channels < 1:
+        raise InputError(f"in_channels {in_channels} is not possible; give the number of channels of the images")
+    if in_channels != 3:
+        sam.input_stem = InputStem(in_channels)
     layers = inject_encoder(sam.image_encoder, rank, lora_layers)
     if row.lora_decoder:
         inject_decoder(sam.mask_decoder.transformer, rank)
@@ -162,6 +170,7 @@ def build_model(
         base_sha256=digest,
         recipe=recipe,
         samlora_version=_version(),
+        in_channels=in_channels,
     )
     return sam
 
@@ -241,6 +250,7 @@ def load_model(
             lora_layers=spec.lora_layers,
             class_names=spec.class_names,
             recipe=spec.recipe,
+            in_channels=spec.in_channels,
         )
     if model.spec.base_sha256 != spec.base_sha256:
         raise InputError(

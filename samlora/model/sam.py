@@ -230,6 +230,7 @@ class Sam(nn.Module):
         self.variant = variant
         self.image_size = image_size
         self.num_masks = num_masks
+        self.input_stem = None  # see samlora.model.stem; methods.py sets it for images of other than three channels
         grid = image_size // PATCH
         self.image_encoder = ImageEncoder(VARIANTS[variant], image_size)
         self.prompt_encoder = PromptEncoder(EMBED, (grid, grid), (image_size, image_size), mask_in_chans=16)
@@ -260,17 +261,20 @@ class Sam(nn.Module):
     def forward(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
         """Low-resolution logits of a batch.
 
-        images: (B, 3, S, S). Without prompts every mask token's mask: (B, num_masks, S/4, S/4).
+        images: (B, 3, S, S), or as many channels as the input stem takes. Without prompts every mask token's mask:
+        (B, num_masks, S/4, S/4).
         With prompts one mask per prompt (mask token 0, SAM's single-mask output): (P, 1, S/4, S/4).
         Raises InputError for images of another size.
         """
-        side = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+        side, channels = self.image_size, 3 if self.input_stem is None else self.input_stem.in_channels
+        if images.ndim != 4 or images.shape[1:] != (channels, side, side):
             raise InputError(
                 f"images of shape {tuple(images.shape)} do not fit this model, which takes (batch, "
-                f"3, {side}, {side}); "
-                f"resize them or build the model with another image_size"
+                f"{channels}, {side}, {side}); "
+                f"resize them or build the model with another image_size or in_channels"
             )
+        if self.input_stem is not None:
+            images = self.input_stem(images)
         sparse, dense = self.embed_prompts(prompts, images.shape[0])
         index = None if prompts is None else prompts.image_index
         masks, _ = self.decode(self.image_encoder(images), sparse, dense, index)

@@ -12,7 +12,7 @@ from torch import nn
 
 from samlora.data.augment import make_batch
 from samlora.data.dataset import Batches, Sample, SliceDataset, data_folder, fingerprint, read_geometry
-from samlora.data.grid import Case
+from samlora.data.grid import Case, to_show
 from samlora.data.volume import read_slice
 from samlora.device import DTYPES, device_name, peak_memory
 from samlora.errors import InputError
@@ -253,5 +253,5 @@ def preview(
     prediction = predict_slices(model, images, model.spec.image_size, device=device, precision=dtype)
     path, names = run.folder / "preview.png", dict(enumerate(model.spec.class_names, start=1))
     case = Case(images, truths, read_geometry(config.root_path, slices[0].case))
-    contact_sheet(images, truths, prediction, path, names, **case.display)
+    contact_sheet(to_show(images), truths, prediction, path, names, **case.display)
     run.add_image(path, step)

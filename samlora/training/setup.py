@@ -19,7 +19,8 @@ from samlora.data.dataset import (
     split_cases,
 )
 from samlora.data.recipe import Recipe
-from samlora.device import pick_device, pick_precision
+from samlora.device import pick_device
+from samlora.engine import launch
 from samlora.errors import InputError
 from samlora.model import checkpoint
 from samlora.model.checkpoint import Spec
@@ -30,49 +31,19 @@ from samlora.options import make, read_yaml
 from samlora.training.config import TrainConfig
 from samlora.training.run import Run
 
-FABRIC_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-
 
 def make_fabric(config: TrainConfig):
-    """Lightning Fabric, launched, for one device, several, or several machines; and the precision's name.
-
-    Under torchrun its processes are taken as they are, whatever --n_gpu and --num_nodes say.
-    Raises InputError for devices that are not there or cannot be used together.
-    """
-    from lightning_fabric import Fabric
-
-    device = pick_device(config.device)
-    count, nodes, strategy = config.n_gpu, config.num_nodes, config.strategy
-    if "LOCAL_WORLD_SIZE" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
-        count, strategy = int(os.environ["LOCAL_WORLD_SIZE"]), "ddp"
-        nodes = int(os.environ["WORLD_SIZE"]) // count
-    elif count > 1 and strategy == "auto":
-        strategy = "dp"
-    if device.type == "cuda" and count > torch.cuda.device_count():
-        raise InputError(f"--n_gpu {count}: there are {torch.cuda.device_count()} GPUs here; give that many or fewer")
-    if strategy == "dp" and device.type != "cuda":
-        raise InputError(
-            f"--n_gpu {count}: data parallelism in one process needs GPUs; use --strategy ddp on {device.type}"
-        )
-    wanted = config.precision
-    if config.use_amp:
-        wanted = "bf16" if device.type == "cpu" else "fp16"
-    precision = pick_precision(wanted, device)
+    """The engine of a training run (`samlora.engine.launch`), its number formats and kernels chosen."""
     torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS sums in one order only with this
         torch.use_deterministic_algorithms(True, warn_only=True)
     if config.tf32:
         torch.set_float32_matmul_precision("high")
-    fabric = Fabric(
-        accelerator=device.type,
-        devices=count,
-        num_nodes=nodes,
-        strategy=strategy,
-        precision=FABRIC_PRECISION[precision],
-    )
-    fabric.launch()
-    return fabric, precision
+    wanted = config.precision
+    if config.use_amp:
+        wanted = "bf16" if pick_device(config.device).type == "cpu" else "fp16"
+    return launch(config.device, wanted, config.n_gpu, config.num_nodes, config.strategy)
 
 
 @dataclass
@@ -100,7 +71,8 @@ def load_data(config: TrainConfig) -> Data:
             f"classes ({', '.join(recipe.classes)}); leave the flag out"
         )
     num_classes = config.num_classes or known or 8
-    train, val = split_cases(slices, config.val_cases, config.val_fraction, config.seed)
+    patient_of = str if recipe is None else recipe.patient_of
+    train, val = split_cases(slices, config.val_cases, config.val_fraction, config.seed, patient_of)
     contents = check_slices(train, num_classes)
     if val:
         check_slices(val, num_classes)
@@ -139,6 +111,7 @@ def load_system(config: TrainConfig, data: Data) -> nn.Module:
         lora_layers=config.lora_layers or None,
         class_names=data.class_names,
         recipe=data.recipe,
+        in_channels=3 if data.contents.channels == 1 else data.contents.channels,
     )
     if config.lora_ckpt:
         start_from(model, config.lora_ckpt)
@@ -151,7 +124,7 @@ def start_from(model: nn.Module, adapter: str) -> None:
     if spec is None:
         model.load_state_dict(translate_adapter(model, tensors, adapter), strict=False)
         return
-    for name in ("system", "variant", "rank", "lora_layers", "num_classes", "base_sha256"):
+    for name in ("system", "variant", "rank", "lora_layers", "num_classes", "in_channels", "base_sha256"):
         ours, theirs = getattr(model.spec, name), getattr(spec, name)
         if ours != theirs:
             raise InputError(f"--lora_ckpt {adapter}: its {name} is {theirs}, this run's is {ours}; make them equal")

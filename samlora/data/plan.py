@@ -1,0 +1,435 @@
+"""`samlora plan`: looks at a folder of images and labels, says what is in it, and writes a recipe to edit."""
+
+import dataclasses
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import yaml
+
+from samlora.data.arrays import ARRAYS
+from samlora.data.dicom import choose
+from samlora.data.folders import Layout, Pair
+from samlora.data.grid import Volume, body_axes
+from samlora.data.layouts import find_pairs
+from samlora.data.pictures import PICTURES
+from samlora.data.recipe import Recipe
+from samlora.data.sources import count_values, on_grid, read_image
+from samlora.data.volume import read_volume
+from samlora.errors import InputError
+from samlora.files import whole
+
+_IMAGES_READ = 12  # labels are all read; of the images as many, spread evenly
+_THREADS = 4
+_SOFT = 127  # above it a pixel of a mask 0..255 belongs to the object
+_WHITE = 250  # what masks call their object when they are pictures, give or take
+_COLOUR = 24  # difference of the channels, of 255, from which on a pixel is coloured
+_AIR = -500  # HU: below are lungs and what surrounds the body
+
+
+@dataclasses.dataclass
+class LabelLook:
+    """What the label of one case shows. shape, spacing, axes: as in the file; spacing None and axes "" if unknown.
+
+    values: structure ("" for a label map) -> value -> voxels, background included. filled: along each axis, how many
+    slices show anything. soft: the threshold that the file needs, being a JPEG or having fractions.
+    """
+
+    case: str
+    test: bool
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float] | None
+    axes: str
+    values: dict[str, dict[int, int]]
+    filled: tuple[int, int, int]
+    soft: float | None
+
+
+@dataclasses.dataclass
+class ImageLook:
+    """What one image holds. colour: share of coloured pixels. air: share of values that would be air in a CT."""
+
+    case: str
+    dtype: np.dtype
+    low: float
+    high: float
+    shape: tuple[int, ...]
+    channels: int
+    colour: float
+    air: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A class as the labels have it: name, what a recipe calls it there, in how many cases, voxels, ml (or None)."""
+
+    name: str
+    value: int | str
+    cases: int
+    voxels: int
+    ml: float | None
+
+
+@dataclasses.dataclass
+class Plan:
+    """What a folder holds, and the choices that follow. `str(plan)` is what people read, `yaml` the recipe to edit.
+
+    reasons: recipe key -> why it was chosen so. choices: recipe key -> value. broken: files that cannot be used, each
+    with the reason.
+    """
+
+    source: Path
+    layout: Layout
+    labels: list[LabelLook]
+    images: list[ImageLook]
+    classes: list[Found]
+    choices: dict
+    reasons: dict[str, str]
+    notes: list[str]
+    broken: list[str]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that `yaml` describes."""
+        return Recipe.from_dict(yaml.safe_load(self.yaml()), f"plan for {self.source}")
+
+    def yaml(self, path: str | os.PathLike = "FILE.yaml") -> str:
+        """A commented recipe; path: where it will lie, for the command in its first lines."""
+        from samlora.data.plan_text import recipe_text
+
+        return recipe_text(self, path)
+
+    def __str__(self) -> str:
+        from samlora.data.plan_text import report_text
+
+        return report_text(self)
+
+
+def plan(source: str | os.PathLike) -> Plan:
+    """Reads all labels and some images in `source` (see `layouts.find_pairs`) and chooses a recipe for them.
+
+    Files that cannot be used are listed. Raises InputError or MissingFileError if no cases are found, or none of their
+    labels or images can be read.
+    """
+    source = Path(source)
+    layout = find_pairs(source)
+    broken: list[str] = []
+    labels = [look for look in _each(_label, layout.pairs, "reading labels", broken) if look]
+    step = max(1.0, len(layout.pairs) / _IMAGES_READ)
+    some = [layout.pairs[int(n * step)] for n in range(min(_IMAGES_READ, len(layout.pairs)))]
+    images = [look for look in _each(_image, some, "reading images", broken) if look]
+    if not labels or not images:
+        raise InputError(broken[0])
+    made = Plan(source, layout, labels, images, [], {}, {}, list(layout.notes), broken)
+    _choose_classes(made)
+    _choose_values(made)
+    _choose_geometry(made)
+    _choose_cases(made)
+    return made
+
+
+def write_plan(plan: Plan, path: str | os.PathLike) -> None:
+    """Writes the recipe of `plan`. Raises InputError if the file is there already, or is no .yaml file."""
+    path = Path(path)
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(f"{path}: a recipe needs a name that ends in .yaml")
+    if path.exists():
+        raise InputError(f"{path}: is there already, perhaps with changes of yours; choose another name with -o")
+    with whole(path) as temporary:
+        temporary.write_text(plan.yaml(path), encoding="utf-8")
+
+
+def _each(look: Callable, pairs: Sequence[Pair], title: str, broken: list[str]) -> list:
+    """The results of `look`, in order; None and a line in `broken` where a case cannot be read."""
+    from tqdm import tqdm
+
+    def tried(pair: Pair):
+        try:
+            return look(pair)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(tqdm(pool.map(tried, pairs), title, len(pairs), unit="case", disable=None))
+    broken += [str(one) for one in found if isinstance(one, InputError)]
+    return [None if isinstance(one, InputError) else one for one in found]
+
+
+def _label(pair: Pair) -> LabelLook:
+    files = {"": (pair.label,)} if isinstance(pair.label, Path) else pair.label
+    values: dict[str, dict[int, int]] = {}
+    shown, soft = None, None
+    for structure, paths in files.items():
+        counts: Counter[int] = Counter()
+        for path in paths:
+            volume, threshold = _raw(path)
+            soft = soft if threshold is None else threshold
+            counts.update(count_values(volume.array))
+            if shown is not None and shown.shape != volume.array.shape:
+                raise InputError(
+                    f"{path}: shape {volume.array.shape}, but {shown.shape} in the other masks of the case"
+                )
+            shown = volume.array != 0 if shown is None else shown | (volume.array != 0)
+        values[structure] = dict(counts)
+    filled = tuple(int(shown.any(axis=tuple({0, 1, 2} - {axis})).sum()) for axis in range(3))
+    known = volume.has_spacing
+    spacing, axes = (volume.spacing, volume.axes) if known else (None, "")
+    return LabelLook(pair.name, pair.test, volume.array.shape, spacing, axes, values, filled, soft)
+
+
+def _raw(path: Path) -> tuple[Volume, float | None]:
+    """A label file as it is, and None; or, of a JPEG or of fractions, 0 and 1 and the threshold that made them."""
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        return read_volume(path, labels=True, threshold=_SOFT), _SOFT
+    try:
+        return read_volume(path, labels=True), None
+    except InputError:
+        volume = read_volume(path)
+        if volume.array.dtype.kind != "f" or volume.array.ndim != 3 or volume.array.min() < 0:
+            raise
+        if volume.array.max() > 255:
+            raise
+    threshold = 0.5 if volume.array.max() <= 1 else _SOFT
+    return dataclasses.replace(volume, array=(volume.array > threshold).astype(np.uint8)), threshold
+
+
+def _image(pair: Pair) -> ImageLook:
+    volume = read_image(pair)
+    array, path = volume.array, pair.label if isinstance(pair.label, Path) else next(iter(pair.label.values()))[0]
+    on_grid(_raw(path)[0], volume)
+    colour = 0.0
+    if array.ndim == 4 and array.shape[3] == 3:
+        scale = 255 if array.dtype == np.uint8 else max(float(array.max()), 1e-6)
+        apart = array.max(axis=3).astype(np.float32) - array.min(axis=3)
+        colour = float((apart > _COLOUR * scale / 255).mean())
+    channels = array.shape[3] if array.ndim == 4 else 1
+    air = float((array <= _AIR).mean()) if array.min() <= _AIR else 0.0
+    low, high = float(array.min()), float(array.max())
+    return ImageLook(pair.name, array.dtype, low, high, array.shape, channels, colour, air)
+
+
+def _choose_classes(made: Plan) -> None:
+    """Classes and mask_threshold, from the label files and what dataset.json says."""
+    looks, layout = made.labels, made.layout
+    softs = {look.soft for look in looks if look.soft is not None}
+    totals: Counter[int] = Counter()
+    for look in looks:
+        for counts in look.values.values():
+            totals.update({value: count for value, count in counts.items() if value and look.soft is None})
+    threshold, reason = None, ""
+    if softs:
+        threshold = max(softs)
+        reason = "masks have soft edges or are JPEG: what is above belongs to the object"
+    elif _is_white(totals):
+        threshold, reason = _SOFT, f"masks hold {_listed(totals)} for one thing: what is above belongs to it"
+    if threshold is not None:
+        made.choices["mask_threshold"], made.reasons["mask_threshold"] = threshold, reason
+        made.notes.append(f"{reason.split(':')[0]}: mask_threshold {threshold:g} is set")
+    by_case = [_classes_of(look, threshold) for look in looks]
+    values = sorted({value for shown in by_case for value in shown}, key=lambda v: (isinstance(v, str), v))
+    names = {value: value if isinstance(value, str) else f"label_{value}" for value in values}
+    if threshold is not None and "" in looks[0].values:
+        names = {1: "foreground"}
+    elif layout.classes:
+        groups = {name: group for name, group in layout.classes.items() if any(group)}
+        listed = [value for group in groups.values() for value in group]
+        if len(set(listed)) == len(listed) and all(len(group) == 1 for group in groups.values()):
+            names |= {group[0]: name for name, group in groups.items()}
+            unnamed = [value for value in values if value not in listed]
+            if unnamed:
+                made.notes.append(f"label values that dataset.json does not name: {_listed(unnamed)}")
+        else:
+            made.notes.append(
+                f"dataset.json unites labels into regions ({', '.join(groups)}); here each value is a class"
+            )
+    negative = [value for value in names if not isinstance(value, str) and value < 0]
+    if negative:
+        made.notes.append(f"label values below 0 become background: {_listed(negative)}")
+    for value, name in names.items():
+        if value in negative:
+            continue
+        having = [(look, shown[value]) for look, shown in zip(looks, by_case) if shown.get(value)]
+        ml = [count * float(np.prod(look.spacing)) / 1000 for look, count in having if look.spacing]
+        mean = sum(ml) / len(ml) if ml else None
+        made.classes.append(Found(name, value, len(having), sum(count for _, count in having), mean))
+    if not 0 < len(made.classes) < 256:
+        text = f"{len(made.classes)} different values in the labels; 1 to 255 can be used. Are these labels?"
+        raise InputError(f"{made.source}: {text}")
+    empty = [look.case for look, shown in zip(looks, by_case) if not any(shown.values())]
+    if empty:
+        made.notes.append(f"{len(empty)} of {len(looks)} cases show no class: {_listed(empty)}")
+    rare = [f.name for f in made.classes if f.cases < 0.1 * len(looks)]
+    if rare:
+        made.notes.append(f"in less than a tenth of the cases: {_listed(rare)}")
+
+
+def _classes_of(look: LabelLook, threshold: float | None) -> dict[int | str, int]:
+    """Value or structure -> voxels, as a recipe with that threshold would find them."""
+    least = 0 if threshold is None or look.soft is not None else threshold
+    if "" not in look.values:
+        return {name: sum(n for v, n in counts.items() if v > least) for name, counts in look.values.items()}
+    if threshold is None:
+        return {value: count for value, count in look.values[""].items() if value}
+    return {1: sum(count for value, count in look.values[""].items() if value > least)}
+
+
+def _is_white(totals: Counter[int]) -> bool:
+    """Whether masks are pictures of one thing in white: values about 255, perhaps with a few grays at its edges."""
+    white = sum(count for value, count in totals.items() if _WHITE <= value <= 255)
+    return len(totals) > 1 and max(totals) <= 255 and white > 0.95 * sum(totals.values())
+
+
+def _choose_values(made: Plan) -> None:
+    """Modality, range of values, channels."""
+    choices, reasons, looks = made.choices, made.reasons, made.images
+    modality, reasons["modality"] = _modality(made)
+    choices["modality"] = modality
+    low, high = min(look.low for look in looks), max(look.high for look in looks)
+    if modality == "ct":
+        choices["window"], reasons["window"] = _window([found.name for found in made.classes])
+    elif modality == "mr":
+        choices["percentiles"] = [0.5, 99.5]
+        reasons["percentiles"] = "of the voxels that are not 0, in each volume: MR has no unit"
+    elif not all(_has_range(look) for look in looks):
+        choices["percentiles"] = [0.5, 99.5]
+        reasons["percentiles"] = (
+            f"values {low:g}..{high:g} fill the range of their type ({looks[0].dtype}) only in part"
+        )
+    channels = max(look.channels for look in looks)
+    coloured = sum(look.colour > 0.005 for look in looks)
+    drawn = channels == 3 and modality == "image"
+    if drawn and coloured >= 0.1 * len(looks):
+        choices["channels"], reasons["channels"] = "rgb", f"{coloured} of {len(looks)} pictures have colours"
+    elif drawn or channels == 1:
+        choices["channels"] = "repeat"
+        reasons["channels"] = "stored as colours, but gray (or nearly)" if drawn else "one gray channel"
+    else:
+        choices["channels"] = list(range(channels))
+        named = ", ".join(f"{n} {name}" for n, name in enumerate(made.layout.channels))
+        reasons["channels"] = f"all of {channels} ({named})" if named else f"all of {channels}, counted from 0"
+
+
+def _modality(made: Plan) -> tuple[str, str]:
+    """ct, mr or image, and why."""
+    looks = made.images
+    first = next(pair.images[0] for pair in made.layout.pairs if pair.name == looks[0].case)
+    air = median(look.air for look in looks)
+    said = " ".join(made.layout.channels[:1]).lower()
+    low, high = min(look.low for look in looks), max(look.high for look in looks)
+    if first.name.lower().endswith(PICTURES):
+        return "image", "pictures"
+    if first.is_dir() or first.name.lower().endswith(".dcm"):
+        kind = choose(first, None)[0].modality
+        if kind in ("CT", "MR"):
+            return kind.lower(), f"the DICOM files say {kind}"
+        if kind:
+            return "image", f"the DICOM files say {kind}"
+    if re.match(r"ct\b|ct_", said) and low < 0:
+        return "ct", f"dataset.json says {made.layout.channels[0]}"
+    if air >= 0.01:
+        share = f"{100 * air:.0f} % of the voxels are {_AIR} or less"
+        return "ct", f"values from {low:g}, {share}, as air has in Hounsfield units"
+    if re.match(r"ct\b|ct_", said):
+        made.notes.append(f"dataset.json says CT, but values {low:g}..{high:g} are no Hounsfield units")
+    unit = all(_has_range(look) for look in looks)
+    if unit and (first.name.lower().endswith(ARRAYS) or all(look.shape[2] == 1 for look in looks)):
+        return "image", f"values {low:g}..{high:g}, already scaled"
+    if first.name.lower().endswith(ARRAYS) and made.labels[0].spacing is None:
+        return "image", "arrays"
+    return "mr", f"a volume with values {low:g}..{high:g}, not as in CT; if it is one, give modality and window"
+
+
+def _has_range(look: ImageLook) -> bool:
+    """Whether an "image" recipe knows its range: 8 bit, 16 bit that are used, or 0..1."""
+    if look.dtype == np.uint8:
+        return True
+    if look.dtype == np.uint16:
+        return look.high > np.iinfo(np.uint16).max / 2
+    return look.low >= 0 and look.high <= 1
+
+
+def _window(names: list[str]) -> tuple[list[int], str]:
+    """A CT window for what is to be found."""
+    kinds = {
+        "lungs": (r"lung|nodule|airway|bronch|covid", [-1000, 400]),
+        "bones": (r"bone|vertebra|rib|femur|hip|skull|sacrum|spine|scapula|clavicula|humerus", [-500, 1300]),
+    }
+    for what, (pattern, window) in kinds.items():
+        if all(re.search(rf"(?:^|_|\b)(?:{pattern})", name.lower()) for name in names):
+            return window, f"HU, for {what} as the names say. Soft tissue: [-160, 240]"
+    return [-160, 240], "HU: soft tissue, width 400, level 40. Lung: [-1000, 400], bone: [-500, 1300], brain: [0, 80]"
+
+
+def _choose_geometry(made: Plan) -> None:
+    """Orientation, slice_axis, crop, size, keep."""
+    choices, reasons, looks = made.choices, made.reasons, made.labels
+    thin = [axis for axis in range(3) if all(look.shape[axis] == 1 for look in looks)]
+    axes = sorted({look.axes for look in looks})
+    turned = bool(looks[0].axes) and not thin and "" not in axes
+    choices["orientation"] = "LPS" if turned else None
+    if turned:
+        codes = f"stored as {axes[0]}" if len(axes) == 1 else f"stored in {len(axes)} ways ({', '.join(axes)})"
+        reasons["orientation"] = f"{codes}; all are turned the same way up: front up, the patient's left on the right"
+    else:
+        reasons["orientation"] = "as stored"
+    shapes = [_ordered(look.shape, look) if turned else look.shape for look in looks]
+    filled = [_ordered(look.filled, look) if turned else look.filled for look in looks]
+    spacings = [_ordered(look.spacing, look) if turned else look.spacing for look in looks if look.spacing]
+    axis, reason = 2, "slices of the third axis"
+    if thin:
+        axis, reason = thin[-1], "one slice"
+    elif spacings:
+        usual = [median(spacing[n] for spacing in spacings) for n in range(3)]
+        coarse = int(np.argmax(usual))
+        within = max(size for n, size in enumerate(usual) if n != coarse)
+        said = " x ".join(f"{size:.3g}" for size in usual)
+        axis, reason = 2, f"voxels of {said} mm are nearly cubes, so any would do"
+        if usual[coarse] >= 1.5 * within:
+            axis, reason = coarse, f"slices are {usual[coarse]:.3g} mm apart, pixels {within:.3g} mm"
+    views = ("sagittal", "coronal", "axial")
+    choices["slice_axis"], reasons["slice_axis"] = axis, f"{views[axis]}: {reason}" if turned else reason
+    choices["crop"] = "body" if choices["modality"] == "ct" else None
+    reasons["crop"] = "body: the rectangle that holds it, as fields of view differ; null keeps all"
+    planes = {tuple(size for n, size in enumerate(shape) if n != axis) for shape in shapes}
+    side = median(max(size for n, size in enumerate(shape) if n != axis) for shape in shapes)
+    alike = len(planes) == 1 and side <= 512 and choices["crop"] is None
+    choices["size"] = None if alike or side < 192 else 256 if side < 384 else 512
+    reasons["size"] = f"all slices are {side:g} wide or high" if alike else f"usually {side:.0f} is the longer side"
+    slices, with_class = sum(s[axis] for s in shapes), sum(f[axis] for f in filled)
+    empty = 100 * (1 - with_class / slices)
+    choices["keep"] = 0.1 if empty > 80 else "all"
+    reasons["keep"] = f"{empty:.0f} % of the slices show no class"
+    ways = len(axes)
+    if ways > 1 and not turned:
+        made.notes.append(f"stored in {ways} ways ({', '.join(code or 'unknown' for code in axes)})")
+    if len(planes) > 1:
+        made.notes.append("slices differ in size; each is stretched to the square that a model sees")
+
+
+def _choose_cases(made: Plan) -> None:
+    """patient, where the names of the cases look as if several were of one."""
+    names = [pair.name for pair in made.layout.pairs]
+    pattern = r"(.*?\d)[_. -].+"
+    groups = Counter(found[1] if (found := re.match(pattern, name)) else name for name in names)
+    most, count = groups.most_common(1)[0]
+    if count < 2 or len(groups) < 2:
+        return
+    alike = _listed(sorted(name for name in names if re.match(re.escape(most) + "[_. -]", name)), 2)
+    made.choices["patient"] = pattern
+    made.reasons["patient"] = f"{alike} look like one patient, who is then on one side of the split only"
+    made.notes.append(f"{alike} may be the same patient, by their names; see patient in the recipe")
+
+
+def _ordered(values: Sequence, look: LabelLook) -> tuple:
+    """Values along the stored axes, in the order left-right, front-back, up-down, as LPS has them."""
+    return tuple(values[axis] for axis in np.argsort(body_axes(look.axes)))
+
+
+def _listed(values: Sequence, most: int = 8) -> str:
+    values = list(values)
+    return " ".join(map(str, values[:most])) + (f" ... ({len(values)})" if len(values) > most else "")

@@ -1,0 +1,287 @@
+"""Cases as they come: their images as volumes, their labels as classes, and images that have no labels."""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from samlora.data.dicom import list_series
+from samlora.data.folders import (
+    IMAGE_WORDS,
+    Layout,
+    Pair,
+    channel_of,
+    entries,
+    few,
+    is_dicom_folder,
+    may_be_label,
+    visible,
+)
+from samlora.data.grid import Volume, match_grid
+from samlora.data.layouts import IMAGE_FOLDERS, LABEL_FOLDERS, named_apart
+from samlora.data.pictures import PICTURES
+from samlora.data.recipe import Recipe
+from samlora.data.volume import read_volume, stem
+from samlora.errors import InputError, MissingFileError
+
+_LOSSY = (".jpg", ".jpeg")
+_MOST_CHANNELS = 8  # files numbered higher are slices or frames
+_MANY = 20  # label values in a message
+
+
+def read_image(pair: Pair, series: str | None = None) -> Volume:
+    """The image of a case: (i, j, k), or (i, j, k, c) for several channels or colours.
+
+    series: which one of DICOM folders, see `read_volume`. Several files are stacked in their order. Raises what
+    `read_volume` raises, and InputError if the files lie on different grids or have several channels themselves.
+    """
+    volumes = [read_volume(path, series=series) for path in pair.images]
+    first = volumes[0]
+    if len(volumes) == 1:
+        return first
+    arrays = []
+    for volume in volumes:
+        if volume.array.ndim != 3:
+            raise InputError(f"{volume.path}: has {volume.array.shape[3]} channels, but is one channel of {pair.name}")
+        try:
+            arrays.append(match_grid(volume, first).array)
+        except InputError as error:
+            advice = "resample the channels of a case onto one grid"
+            raise InputError(f"{str(error).split('; resample')[0]}; {advice}") from None
+    return dataclasses.replace(first, array=np.stack(arrays, axis=-1))
+
+
+def read_label(pair: Pair, image: Volume, recipe: Recipe) -> tuple[Volume, list[str]]:
+    """The label map of a case on the grid of `image`, uint8 0..num_classes, and remarks on what was lost.
+
+    A label map goes through `recipe.map_labels`; masks are painted in the order of the classes, later ones over earlier
+    ones, and what is above 0 (or `mask_threshold`) belongs to them. A structure without a file is not in the case.
+    Raises what `read_volume` raises, and InputError if the grids differ or the recipe does not fit (`resolve_classes`).
+    """
+    if pair.label is None:
+        raise InputError(f"{pair.images[0]}: has no label")
+    if isinstance(pair.label, Path):
+        label = on_grid(read_volume(pair.label, labels=True, threshold=recipe.mask_threshold), image)
+        mapped = recipe.map_labels(label.array)
+        lost = np.unique(label.array[(mapped == 0) & (label.array != 0)]).tolist()
+        shown = " ".join(map(str, lost[:_MANY])) + (" ..." if len(lost) > _MANY else "")
+        remarks = [f"label values that no class lists became background: {shown}"] if lost else []
+        return dataclasses.replace(label, array=mapped), remarks
+    array = np.zeros(image.array.shape[:3], np.uint8)
+    remarks = []
+    for index, names in enumerate(recipe.label_values, start=1):
+        mask = np.zeros(array.shape, bool)
+        for path in (path for name in names for path in pair.label.get(name, ())):
+            mask |= on_grid(_read_mask(path, recipe.mask_threshold), image).array != 0
+        for earlier, count in count_values(array[mask][None]).items():
+            if earlier:
+                one, other, share = recipe.classes[earlier - 1], recipe.classes[index - 1], count / mask.sum()
+                # In steps, so that the remarks of many cases can be told together.
+                size = "less than 1 %" if share < 0.01 else "1 to 10 %" if share < 0.1 else "more than 10 %"
+                remarks.append(f"{one} and {other} overlap; the voxels became {other}, {size} of it")
+        array[mask] = index
+    return dataclasses.replace(image, array=array), remarks
+
+
+def on_grid(label: Volume, image: Volume) -> Volume:
+    """`label` on the grid of `image`; of pictures, and DICOM with masks as pictures, the sizes decide."""
+    size, wanted = label.array.shape, image.array.shape[:3]
+    path = Path(image.path)
+    indexed_alike = not image.has_spacing or path.is_dir() or path.suffix.lower() == ".dcm"
+    if label.has_spacing or not indexed_alike:
+        return match_grid(label, image)
+    if size != wanted:
+        one, other = (" x ".join(map(str, shape[: 2 if shape[2] == 1 else 3])) for shape in (size, wanted))
+        raise InputError(
+            f"{label.path}: {one} pixels (width x height), but its image {image.path} has {other}; "
+            "save the mask at the image's size, by nearest neighbour"
+        )
+    return dataclasses.replace(image, array=label.array, path=label.path)
+
+
+def label_values(pair: Pair, threshold: float | None = None) -> dict[int | str, int]:
+    """What the label of a case shows, without the background: value -> voxels, or structure -> voxels, perhaps 0.
+
+    threshold: the recipe's mask_threshold. Raises what `read_volume` raises.
+    """
+    if pair.label is None:
+        return {}
+    if isinstance(pair.label, Path):
+        counts = count_values(read_volume(pair.label, labels=True, threshold=threshold).array)
+        return {value: count for value, count in counts.items() if value}
+    found = {}
+    for name, paths in pair.label.items():
+        masks = [_read_mask(path, threshold).array for path in paths]
+        # Parts on different grids are an error where they are read to be used.
+        same = all(mask.shape == masks[0].shape for mask in masks)
+        found[name] = int(np.count_nonzero(np.any(masks, axis=0) if same else masks[0]))
+    return found
+
+
+def count_values(array: np.ndarray) -> dict[int, int]:
+    """Value -> voxels of an integer array (i, j, k), the background included."""
+    if array.dtype != np.uint8:
+        values, counts = np.unique(array, return_counts=True)
+        return dict(zip(values.tolist(), counts.tolist()))
+    counts = sum(np.bincount(part.ravel(), minlength=256) for part in array)  # by parts: bincount widens to 64 bits
+    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+
+
+def resolve_classes(
+    recipe: Recipe,
+    layout: Layout,
+    values: Callable[[Sequence[Pair]], Iterable[Iterable[int | str]]] | None = None,
+) -> Recipe:
+    """`recipe` with classes that fit the labels of `layout`: numbers for label maps, names for masks.
+
+    Names become the values that dataset.json gives them. A recipe without classes takes those of dataset.json, else
+    the names of the masks, else one class for each value above 0 that `values` finds in the label maps (by default
+    `label_values` of one after the other), named label_VALUE; with a mask_threshold, the one class `foreground`.
+    Raises InputError: a name or a structure that is not there, numbers for masks, no or too many values.
+    """
+    structures = sorted({name for pair in layout.pairs if isinstance(pair.label, dict) for name in pair.label})
+    if recipe.classes and recipe.mask_threshold is not None and not structures:
+        if recipe.num_classes > 1:
+            known = f"{recipe.num_classes} classes ({few(recipe.classes)})"
+            raise InputError(f"mask_threshold {recipe.mask_threshold:g}: makes one class of label maps, not {known}")
+        return dataclasses.replace(recipe, label_values=((1,),))
+    if recipe.classes and structures:
+        return _with_values(recipe, {name: (name,) for name in structures}, "masks", numbers=False)
+    if recipe.classes:
+        known = {name: tuple(values) for name, values in layout.classes.items()}
+        return _with_values(recipe, known, "labels in dataset.json", numbers=True)
+    if structures:
+        classes = {name: (name,) for name in structures}
+    elif recipe.mask_threshold is not None:
+        classes = {"foreground": (1,)}
+    elif layout.classes:
+        classes = {name: tuple(group) for name, group in layout.classes.items()}
+        listed = [value for group in classes.values() for value in group]
+        if len(set(listed)) != len(listed):
+            raise InputError("dataset.json: its regions overlap; list the classes in a recipe (--dataset FILE.yaml)")
+    else:
+        read = values or (lambda pairs: map(label_values, pairs))
+        found = sorted({v for one in read(layout.pairs) for v in one if v > 0})
+        classes = {f"label_{value}": (value,) for value in found}
+    if not 0 < len(classes) < 256:
+        label = layout.pairs[0].label
+        where = label.parent if isinstance(label, Path) else "masks"
+        raise InputError(
+            f"{where}: {len(classes)} different label values in its files, 1 to 255 can be used; list the classes in a "
+            "recipe (--dataset FILE.yaml)"
+        )
+    return dataclasses.replace(recipe, classes=tuple(classes), label_values=tuple(classes.values()))
+
+
+def find_images(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Pair]:
+    """The images in files and folders, sorted by name, as pairs without labels; what is named as labels is left out.
+
+    A folder of DICOM slices is one image (or one for each file, if each is a series of its own); of a data set its
+    imagesTs/ or images/ is taken; folders are looked into two levels deep. nnU-Net's numbered channels (X_0000, X_0001)
+    and weightings (X_t1, X_t2) that all cases have become the channels of one image. Images of the same name take
+    their folder's in front. Raises MissingFileError or InputError: nothing there, nothing that can be read.
+    """
+    sources = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    groups: dict[Path, dict[str, Path]] = {}
+    for source in map(Path, sources):
+        if not source.exists():
+            raise MissingFileError(f"{source}: no such file or folder; give images, or folders of images")
+        if source.is_dir():
+            found = _images_in(source, depth=2)
+            if not found:
+                inside = few([path.name for path in visible(source)]) or "nothing"
+                raise InputError(f"{source}: no images in it (labels are left out); found {inside}")
+        else:
+            found = [source]
+        for path in found:
+            groups.setdefault(path.parent, {}).setdefault(_name(path), path)
+    listed = []
+    for folder, images in groups.items():
+        in_front = folder.absolute().parent if folder.name in images else folder.absolute()
+        listed.append((in_front.name, _grouped(folder, images)))
+    pairs, _ = named_apart(listed, Path(sources[0]))
+    return sorted(pairs, key=lambda pair: pair.name)
+
+
+def _images_in(folder: Path, depth: int) -> list[Path]:
+    if is_dicom_folder(folder):
+        series = list_series(folder)
+        alone = len(series) > 1 and all(len(one.files) == 1 for one in series)
+        return sorted(one.files[0] for one in series) if alone else [folder]
+    inside = {path.name.lower(): path for path in visible(folder) if path.is_dir()}
+    data_set = next((inside[name] for name in ("imagests", *IMAGE_FOLDERS) if name in inside), None)
+    files = entries(folder)
+    if data_set is not None and not files:
+        return _images_in(data_set, depth)
+    found = {name: path for name, path in files.items() if not may_be_label(name)}
+    whole = [path for name, path in found.items() if name.lower() in IMAGE_WORDS]
+    if len(whole) == 1 and not whole[0].is_dir():
+        return whole  # what lies beside it, such as scribbles, is no image of its own
+    deeper = [path for name, path in inside.items() if depth and name not in LABEL_FOLDERS and path.name not in files]
+    slices = [path for one in found.values() for path in (_images_in(one, 0) if one.is_dir() else [one])]
+    return [*slices, *(path for folder in deeper for path in _images_in(folder, depth - 1))]
+
+
+def _name(path: Path) -> str:
+    name = path.name if path.is_dir() else stem(path)
+    return path.absolute().parent.name if name.lower() in IMAGE_WORDS else name
+
+
+def _grouped(folder: Path, images: dict[str, Path]) -> list[Pair]:
+    """The images of one folder, channels together where every case has the same ones."""
+    tagged = {name: channel_of(name) for name in images}
+    cases: dict[str, dict[str, Path]] = {}
+    for name, found in tagged.items():
+        if found:
+            cases.setdefault(found[0], {})[found[1]] = images[name]
+    sets = {tuple(sorted(channels)) for channels in cases.values()}
+    tags = sets.pop() if len(sets) == 1 and all(tagged.values()) else ()
+    if tags and tags[0].isdigit():
+        numbered = tags == tuple(f"{n:04d}" for n in range(len(tags))) and len(tags) <= _MOST_CHANNELS
+        drawn = any(path.name.lower().endswith(PICTURES) for path in images.values())
+        named = folder.name.lower() in ("imagestr", "imagesva", "imagests")
+        tags = tags if numbered and (named or len(tags) == 1 or not drawn) else ()
+    elif len(tags) == 1:
+        tags = ()  # the weighting is part of the name
+    if not tags:
+        return [Pair(name, (path,), None) for name, path in images.items()]
+    return [Pair(case, tuple(channels[tag] for tag in tags), None) for case, channels in cases.items()]
+
+
+def _read_mask(path: Path, threshold: float | None) -> Volume:
+    """A mask: above 0 where nothing else is said; a JPEG needs a threshold, its background is not 0."""
+    lossy = path.suffix.lower() in _LOSSY
+    return read_volume(path, labels=True, threshold=0 if threshold is None and not lossy else threshold)
+
+
+def _with_values(recipe: Recipe, known: dict[str, tuple], what: str, numbers: bool) -> Recipe:
+    """The recipe with every label value replaced by what `known` says of it; numbers: they may stay as they are."""
+    alike = {_plain(name): values for name, values in known.items()}
+    resolved = []
+    for name, values in zip(recipe.classes, recipe.label_values):
+        group: list[int | str] = []
+        for value in values:
+            if isinstance(value, int) and not numbers:
+                have = f"here every structure has masks of its own; give their names: {few(known, 8)}"
+                raise InputError(f"class {name}: value {value}, but {have}")
+            if isinstance(value, int):
+                group.append(value)
+            elif value in known or _plain(value) in alike:
+                group += known.get(value, alike.get(_plain(value), ()))
+            elif not known:
+                raise InputError(f"class {name}: no dataset.json says which value {value!r} has; give its number")
+            else:
+                close = difflib.get_close_matches(_plain(value), alike, n=1, cutoff=0)
+                nearest = next(name for name in known if _plain(name) == close[0])
+                there = f"did you mean {nearest!r}? There are {few(known, 8)}"
+                raise InputError(f"class {name}: there are no {what} named {value!r}; {there}")
+        resolved.append(tuple(dict.fromkeys(group)))
+    return dataclasses.replace(recipe, label_values=tuple(resolved))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", "_", name).strip("_").lower()

@@ -1,0 +1,44 @@
+"""Several views of a slice, or several adapters, averaged into one answer."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from samlora.errors import InputError
+
+FLIPS = ((), (-1,), (-2,), (-2, -1))  # axes of (B, C, H, W)
+
+
+class Averaged(nn.Module):
+    """The mean of the class probabilities of several models, each asked about several flips of every slice.
+
+    Takes the place of a model: `averaged(images (B, C, S, S)) -> log-probabilities (B, classes + 1, S/4, S/4)`.
+    models: as `samlora.load_model` gives them. flips: True asks about the slice and its three mirror images.
+    Raises InputError when the models do not belong together.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], flips: bool):
+        super().__init__()
+        first = models[0].spec
+        for other in (model.spec for model in models[1:]):
+            for name in ("class_names", "image_size", "recipe"):
+                ours, theirs = getattr(first, name), getattr(other, name)
+                if ours != theirs:
+                    raise InputError(
+                        f"--adapter: the {name} of one is {ours}, of another {theirs}; only adapters "
+                        "that were trained alike can be averaged"
+                    )
+        self.models = nn.ModuleList(models)
+        self.flips = FLIPS if flips else FLIPS[:1]
+        self.spec = first
+
+    def forward(self, images: Tensor) -> Tensor:
+        answers = [
+            model(images.flip(axes)).flip(axes).float().log_softmax(dim=1)
+            for model in self.models
+            for axes in self.flips
+        ]
+        # In logarithms, as probabilities of confident models round to 0 and could not be compared.
+        return torch.stack(answers).logsumexp(dim=0) - math.log(len(answers))

@@ -208,6 +208,42 @@ def _check(given: dict) -> int:
     return 1 if report.failed else 0
 
 
+def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prediction", metavar="PRED", help="a label map, or a folder of them")
+    parser.add_argument("reference", metavar="GT", help="the reference: a label map, or a folder of them")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder for the tables and report.html")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="values, names or NAME=VALUE (default: those found)")
+    parser.add_argument("--names", metavar="FILE", help="JSON or YAML with the names of the labels, or an adapter")
+    parser.add_argument("--recipe", metavar="NAME|FILE.yaml", help="GT holds the values of a data set, PRED its classes")
+    parser.add_argument(
+        "--policy",
+        default="strict",
+        choices=("strict", "samed"),
+        help="whose figures lead: strict (mm; undefined is excluded and counted) or samed (as published)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        dest="tolerances",
+        nargs="+",
+        type=float,
+        default=(2.0, 1.0, 3.0),
+        metavar="MM",
+        help="tolerances of surface Dice, the main one first (default: 2 1 3)",
+    )
+    parser.add_argument("--images", metavar="FOLDER", help="images to show the worst cases on")
+    parser.add_argument("--threshold", type=float, help="all files are soft masks; what is above is class 1")
+    parser.add_argument("--cases_shown", type=int, default=12, help="worst cases to show slice by slice (default: 12)")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core, 8 at most)")
+    parser.add_argument("--allow_missing", action="store_true", help="count a missing prediction as an empty one")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds other things")
+
+
+def _evaluate(given: dict) -> None:
+    from samlora.evaluation.folders import evaluate_folders
+
+    print(evaluate_folders(given.pop("prediction"), given.pop("reference"), given.pop("output"), **given))
+
+
 def _predict_flags(parser: argparse.ArgumentParser) -> None:
     from samlora.inference.config import PredictConfig
     from samlora.options import add_flags
@@ -270,5 +306,6 @@ COMMANDS = {
     "train": ("train an adapter (train.py)", _train_flags, _train),
     "test": ("measure an adapter on labelled volumes (test.py)", _test_flags, _test),
     "predict": ("segment images and volumes that have no labels", _predict_flags, _predict),
+    "evaluate": ("measure label maps against references, with a report page", _evaluate_flags, _evaluate),
     "download": ("fetch SAM's base weights from Meta", _download_flags, _download),
 }

@@ -1,6 +1,7 @@
 """Writing files whole or not at all, and finding the files that ship with samlora."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,12 +10,16 @@ from pathlib import Path
 from samlora.errors import InputError, MissingFileError
 
 
+_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EISDIR)
+
+
 @contextlib.contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is synced to disk and renamed to `path`.
 
     If the block raises, `path` keeps its former content and the temporary file is gone. The temporary
     name ends like `path`, so that writers which look at the ending (NIfTI, PNG) do the right thing.
+    Raises InputError, naming `path`, where the place is to blame: a full or read-only disk, no permission.
     """
     path = Path(path)
     try:
@@ -33,6 +38,11 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in _PLACE:
+            raise
+        advice = "free some space or choose another place"
+        raise InputError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -81,7 +81,8 @@ def test_summary_json_reads_back(results, tmp_path):
     assert strict["n_cases"] == 2
     assert strict["classes"]["spleen"]["label"] == 1
     assert strict["classes"]["spleen"]["dice"] == pytest.approx(summaries["strict"]["classes"][1]["dice"])
-    assert strict["classes"]["gallbladder"]["dice"] == {"mean": None, "sd": None, "n": 0, "n_excluded": 2}
+    nothing = dict.fromkeys(("mean", "sd", "median", "ci_low", "ci_high"))
+    assert strict["classes"]["gallbladder"]["dice"] == {**nothing, "n": 0, "n_excluded": 2}
     assert content["policies"]["samed"]["classes"]["gallbladder"]["dice"]["mean"] == 0
 
 

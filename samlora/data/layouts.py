@@ -25,7 +25,7 @@ from samlora.data.folders import (
     uniform,
     visible,
 )
-from samlora.data.volume import stem
+from samlora.data.volume import VOLUMES, stem
 from samlora.errors import InputError, MissingFileError
 
 IMAGE_FOLDERS = ("imagestr", "img", "images", "imgs", "image", "jpegimages", "inputs", "scans", "volumes")
@@ -54,7 +54,7 @@ def find_pairs(source: str | os.PathLike) -> Layout:
     source = Path(source)
     if not source.is_dir():
         raise MissingFileError(f"{source}: no such folder; give the folder that holds images and labels")
-    layout = _unwrapped(source)
+    layout = _unwrapped(source, _DEPTH)
     return dataclasses.replace(layout, pairs=sorted(uniform(layout.pairs, source), key=lambda pair: pair.name))
 
 
@@ -80,11 +80,12 @@ def _twice(pairs: list[Pair]) -> str | None:
     return next((a for a, b in zip(names, names[1:]) if a == b), None)
 
 
-def _unwrapped(source: Path) -> Layout:
+def _unwrapped(source: Path, depth: int) -> Layout:
     """The layout of `source`, or of the only folder in it, as archives leave them."""
     inside = [path for path in visible(source) if path.is_dir()]
-    if len(inside) == 1 and not entries(source) and inside[0].name.lower() not in (*IMAGE_FOLDERS, *LABEL_FOLDERS):
-        return _unwrapped(inside[0])
+    known = (*IMAGE_FOLDERS, *LABEL_FOLDERS)
+    if depth and len(inside) == 1 and not entries(source) and inside[0].name.lower() not in known:
+        return _unwrapped(inside[0], depth - 1)
     parts = _parts(source)
     if not parts:
         return _layout(source)
@@ -99,10 +100,12 @@ def _unwrapped(source: Path) -> Layout:
             continue
         layouts.append(layout)
         groups.append((folder.name, [dataclasses.replace(pair, test=test) for pair in layout.pairs]))
-    pairs, remarks = named_apart(groups, source)
     names = [name for name, _ in groups]
-    if any(folder.name.lower() in _VALID and not test for folder, test in parts):
-        notes.append(f"{parts[1][0].name}/ is trained on too: there is a {parts[-1][0].name}/ for testing")
+    if len(parts) == 3 and len(groups) == 3:
+        notes.append(f"{names[1]}/ is trained on too: there is a {names[2]}/ for testing")
+    elif len(parts) == 3:
+        groups[1] = (names[1], [dataclasses.replace(pair, test=True) for pair in groups[1][1]])
+    pairs, remarks = named_apart(groups, source)
     first = layouts[0]
     kind = f"{' + '.join(names)}, each {first.kind}" if len(names) > 1 else f"{names[0]}, {first.kind}"
     notes += remarks + [f"{name}/: {note}" for name, layout in zip(names, layouts) for note in layout.notes]
@@ -169,7 +172,7 @@ def _matched(images: Path, labels: Path) -> Matched:
     image_files, label_files = entries(images), label_entries(labels)
     for folder, found in ((images, image_files), (labels, label_files)):
         if not found:
-            raise InputError(f"{folder}: no volumes in it; see `samlora prepare --help` for what can be read")
+            raise _Nothing(f"{folder}: no volumes in it; {' '.join(VOLUMES)} and folders of DICOM slices are read")
     matched = match(image_files, label_files, apart=True)
     if matched.alone:
         image = matched.alone[0]
@@ -293,7 +296,7 @@ def _searched(source: Path) -> Layout:
     split = _split(source / "meta.csv")
     if split:
         pairs = [dataclasses.replace(pair, test=split.get(pair.name) == "test") for pair in pairs]
-        notes.append(f"meta.csv keeps {sum(pair.test for pair in pairs)} cases for testing")
+        notes.append(f"meta.csv keeps {sum(pair.test for pair in pairs)} of the cases for testing")
     return Layout(kind, pairs, {}, total.tags, notes)
 
 

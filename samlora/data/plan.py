@@ -15,53 +15,18 @@ import yaml
 from samlora.data.arrays import ARRAYS
 from samlora.data.dicom import choose
 from samlora.data.folders import Layout, Pair
-from samlora.data.grid import Volume, body_axes
+from samlora.data.grid import body_axes
 from samlora.data.layouts import find_pairs
 from samlora.data.pictures import PICTURES
+from samlora.data.plan_looks import AIR, SOFT, ImageLook, LabelLook, look_at_image, look_at_label
 from samlora.data.recipe import Recipe
-from samlora.data.sources import count_values, on_grid, read_image
-from samlora.data.volume import read_volume
 from samlora.errors import InputError
 from samlora.files import whole
 
 _IMAGES_READ = 12  # labels are all read; of the images as many, spread evenly
 _THREADS = 4
-_SOFT = 127  # above it a pixel of a mask 0..255 belongs to the object
+_AIR_SHARE = 0.01  # of the voxels of a CT are air, at least
 _WHITE = 250  # what masks call their object when they are pictures, give or take
-_COLOUR = 24  # difference of the channels, of 255, from which on a pixel is coloured
-_AIR = -500  # HU: below are lungs and what surrounds the body
-
-
-@dataclasses.dataclass
-class LabelLook:
-    """What the label of one case shows. shape, spacing, axes: as in the file; spacing None and axes "" if unknown.
-
-    values: structure ("" for a label map) -> value -> voxels, background included. filled: along each axis, how many
-    slices show anything. soft: the threshold that the file needs, being a JPEG or having fractions.
-    """
-
-    case: str
-    test: bool
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float] | None
-    axes: str
-    values: dict[str, dict[int, int]]
-    filled: tuple[int, int, int]
-    soft: float | None
-
-
-@dataclasses.dataclass
-class ImageLook:
-    """What one image holds. colour: share of coloured pixels. air: share of values that would be air in a CT."""
-
-    case: str
-    dtype: np.dtype
-    low: float
-    high: float
-    shape: tuple[int, ...]
-    channels: int
-    colour: float
-    air: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +84,10 @@ def plan(source: str | os.PathLike) -> Plan:
     source = Path(source)
     layout = find_pairs(source)
     broken: list[str] = []
-    labels = [look for look in _each(_label, layout.pairs, "reading labels", broken) if look]
+    labels = [look for look in _each(look_at_label, layout.pairs, "reading labels", broken) if look]
     step = max(1.0, len(layout.pairs) / _IMAGES_READ)
     some = [layout.pairs[int(n * step)] for n in range(min(_IMAGES_READ, len(layout.pairs)))]
-    images = [look for look in _each(_image, some, "reading images", broken) if look]
+    images = [look for look in _each(look_at_image, some, "reading images", broken) if look]
     if not labels or not images:
         raise InputError(broken[0])
     made = Plan(source, layout, labels, images, [], {}, {}, list(layout.notes), broken)
@@ -155,62 +120,13 @@ def _each(look: Callable, pairs: Sequence[Pair], title: str, broken: list[str]) 
             return error
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(tqdm(pool.map(tried, pairs), title, len(pairs), unit="case", disable=None))
-    broken += [str(one) for one in found if isinstance(one, InputError)]
+        try:
+            found = list(tqdm(pool.map(tried, pairs), title, len(pairs), unit="case", disable=None))
+        except BaseException:  # such as Ctrl-C: nobody waits for the rest
+            pool.shutdown(cancel_futures=True)
+            raise
+    broken += [str(one) for one in found if isinstance(one, InputError) and str(one) not in broken]
     return [None if isinstance(one, InputError) else one for one in found]
-
-
-def _label(pair: Pair) -> LabelLook:
-    files = {"": (pair.label,)} if isinstance(pair.label, Path) else pair.label
-    values: dict[str, dict[int, int]] = {}
-    shown, soft = None, None
-    for structure, paths in files.items():
-        counts: Counter[int] = Counter()
-        for path in paths:
-            volume, threshold = _raw(path)
-            soft = soft if threshold is None else threshold
-            counts.update(count_values(volume.array))
-            if shown is not None and shown.shape != volume.array.shape:
-                raise InputError(
-                    f"{path}: shape {volume.array.shape}, but {shown.shape} in the other masks of the case"
-                )
-            shown = volume.array != 0 if shown is None else shown | (volume.array != 0)
-        values[structure] = dict(counts)
-    filled = tuple(int(shown.any(axis=tuple({0, 1, 2} - {axis})).sum()) for axis in range(3))
-    known = volume.has_spacing
-    spacing, axes = (volume.spacing, volume.axes) if known else (None, "")
-    return LabelLook(pair.name, pair.test, volume.array.shape, spacing, axes, values, filled, soft)
-
-
-def _raw(path: Path) -> tuple[Volume, float | None]:
-    """A label file as it is, and None; or, of a JPEG or of fractions, 0 and 1 and the threshold that made them."""
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        return read_volume(path, labels=True, threshold=_SOFT), _SOFT
-    try:
-        return read_volume(path, labels=True), None
-    except InputError:
-        volume = read_volume(path)
-        if volume.array.dtype.kind != "f" or volume.array.ndim != 3 or volume.array.min() < 0:
-            raise
-        if volume.array.max() > 255:
-            raise
-    threshold = 0.5 if volume.array.max() <= 1 else _SOFT
-    return dataclasses.replace(volume, array=(volume.array > threshold).astype(np.uint8)), threshold
-
-
-def _image(pair: Pair) -> ImageLook:
-    volume = read_image(pair)
-    array, path = volume.array, pair.label if isinstance(pair.label, Path) else next(iter(pair.label.values()))[0]
-    on_grid(_raw(path)[0], volume)
-    colour = 0.0
-    if array.ndim == 4 and array.shape[3] == 3:
-        scale = 255 if array.dtype == np.uint8 else max(float(array.max()), 1e-6)
-        apart = array.max(axis=3).astype(np.float32) - array.min(axis=3)
-        colour = float((apart > _COLOUR * scale / 255).mean())
-    channels = array.shape[3] if array.ndim == 4 else 1
-    air = float((array <= _AIR).mean()) if array.min() <= _AIR else 0.0
-    low, high = float(array.min()), float(array.max())
-    return ImageLook(pair.name, array.dtype, low, high, array.shape, channels, colour, air)
 
 
 def _choose_classes(made: Plan) -> None:
@@ -224,12 +140,12 @@ def _choose_classes(made: Plan) -> None:
     threshold, reason = None, ""
     if softs:
         threshold = max(softs)
-        reason = "masks have soft edges or are JPEG: what is above belongs to the object"
+        jpeg = any(look.lossy for look in looks)
+        reason = f"masks {'are JPEG' if jpeg else 'have soft edges'}: what is above belongs to the object"
     elif _is_white(totals):
-        threshold, reason = _SOFT, f"masks hold {_listed(totals)} for one thing: what is above belongs to it"
+        threshold, reason = SOFT, f"masks hold {_listed(totals)} for one thing: what is above belongs to it"
     if threshold is not None:
         made.choices["mask_threshold"], made.reasons["mask_threshold"] = threshold, reason
-        made.notes.append(f"{reason.split(':')[0]}: mask_threshold {threshold:g} is set")
     by_case = [_classes_of(look, threshold) for look in looks]
     values = sorted({value for shown in by_case for value in shown}, key=lambda v: (isinstance(v, str), v))
     names = {value: value if isinstance(value, str) else f"label_{value}" for value in values}
@@ -239,7 +155,9 @@ def _choose_classes(made: Plan) -> None:
         groups = {name: group for name, group in layout.classes.items() if any(group)}
         listed = [value for group in groups.values() for value in group]
         if len(set(listed)) == len(listed) and all(len(group) == 1 for group in groups.values()):
-            names |= {group[0]: name for name, group in groups.items()}
+            names = {group[0]: name for name, group in groups.items()} | {
+                v: names[v] for v in values if v not in listed
+            }
             unnamed = [value for value in values if value not in listed]
             if unnamed:
                 made.notes.append(f"label values that dataset.json does not name: {_listed(unnamed)}")
@@ -263,9 +181,12 @@ def _choose_classes(made: Plan) -> None:
     empty = [look.case for look, shown in zip(looks, by_case) if not any(shown.values())]
     if empty:
         made.notes.append(f"{len(empty)} of {len(looks)} cases show no class: {_listed(empty)}")
-    rare = [f.name for f in made.classes if f.cases < 0.1 * len(looks)]
-    if rare:
-        made.notes.append(f"in less than a tenth of the cases: {_listed(rare)}")
+    for what, names in (
+        ("no case", [f.name for f in made.classes if not f.cases]),
+        ("less than a tenth of the cases", [f.name for f in made.classes if 0 < f.cases < 0.1 * len(looks)]),
+    ):
+        if names:
+            made.notes.append(f"in {what}: {_listed(names)}")
 
 
 def _classes_of(look: LabelLook, threshold: float | None) -> dict[int | str, int]:
@@ -290,6 +211,10 @@ def _choose_values(made: Plan) -> None:
     modality, reasons["modality"] = _modality(made)
     choices["modality"] = modality
     low, high = min(look.low for look in looks), max(look.high for look in looks)
+    like_ct = sum(look.air >= _AIR_SHARE for look in looks)
+    if 0 < like_ct < len(looks):
+        text = f"{like_ct} of {len(looks)} images look like CT, the others do not"
+        made.notes.append(f"{text}; set cases in the recipe, so that each kind is prepared apart")
     if modality == "ct":
         choices["window"], reasons["window"] = _window([found.name for found in made.classes])
     elif modality == "mr":
@@ -331,11 +256,13 @@ def _modality(made: Plan) -> tuple[str, str]:
             return "image", f"the DICOM files say {kind}"
     if re.match(r"ct\b|ct_", said) and low < 0:
         return "ct", f"dataset.json says {made.layout.channels[0]}"
-    if air >= 0.01:
-        share = f"{100 * air:.0f} % of the voxels are {_AIR} or less"
+    if air >= _AIR_SHARE:
+        share = f"{100 * air:.0f} % of the voxels are {AIR} or less"
         return "ct", f"values from {low:g}, {share}, as air has in Hounsfield units"
     if re.match(r"ct\b|ct_", said):
         made.notes.append(f"dataset.json says CT, but values {low:g}..{high:g} are no Hounsfield units")
+    if re.match(r"t1|t2|flair|dwi|adc|mr|pd|swi", said):
+        return "mr", f"its channels are called {', '.join(made.layout.channels)}"
     unit = all(_has_range(look) for look in looks)
     if unit and (first.name.lower().endswith(ARRAYS) or all(look.shape[2] == 1 for look in looks)):
         return "image", f"values {low:g}..{high:g}, already scaled"
@@ -374,7 +301,8 @@ def _choose_geometry(made: Plan) -> None:
     choices["orientation"] = "LPS" if turned else None
     if turned:
         codes = f"stored as {axes[0]}" if len(axes) == 1 else f"stored in {len(axes)} ways ({', '.join(axes)})"
-        reasons["orientation"] = f"{codes}; all are turned the same way up: front up, the patient's left on the right"
+        same = "" if axes == ["LPS"] else "; all are turned"
+        reasons["orientation"] = f"{codes}{same}: front up, the patient's left on the right"
     else:
         reasons["orientation"] = "as stored"
     shapes = [_ordered(look.shape, look) if turned else look.shape for look in looks]

@@ -164,4 +164,4 @@ def _range(triples: list[tuple]) -> str:
 
 
 def _ml(volume: float | None) -> str:
-    return "" if volume is None else f"{volume:.3g}"
+    return "" if volume is None else f"{volume:.3g}" if volume < 100 else f"{volume:.0f}"

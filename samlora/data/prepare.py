@@ -10,13 +10,10 @@ Below the destination:
                                   class. Written last, so a case that has it is whole
 """
 
-import concurrent.futures
-import concurrent.futures.process
 import dataclasses
 import glob
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -34,8 +31,8 @@ from samlora.data.sources import label_values, read_image, read_label, resolve_c
 from samlora.data.volume import write_case, write_medsam, write_slice
 from samlora.errors import InputError
 from samlora.files import identity, whole
+from samlora.processes import each, worker_count
 
-_MOST_WORKERS = 8  # a case of 512 x 512 x 200 takes about 1 GB while it is prepared
 
 
 @dataclasses.dataclass
@@ -125,7 +122,7 @@ def prepare(
         raise InputError(f"{destination}: is a file; give a folder for the prepared data")
     layout = find_pairs(source)
     pairs = wanted(layout.pairs, recipe)
-    workers = _workers(workers, len(pairs))
+    workers = worker_count(workers, len(pairs))
     test, warnings = _test_cases(pairs, recipe, test_cases, test_fraction)
     recipe = _with_classes(recipe, layout, pairs, workers)
     # The split belongs to the data set as a whole: changing it must not make every case anew.
@@ -138,7 +135,7 @@ def prepare(
     if pending:  # a run that stops half-way must not leave the recipe and lists of an earlier one
         for old in ("recipe.yaml", "lists/train.txt", "lists/test_vol.txt"):
             (destination / old).unlink(missing_ok=True)
-    records |= {r["name"]: r for r in _parallel(_prepare_case, pending, workers, "preparing")}
+    records |= {r["name"]: r for r in each(_prepare_case, pending, workers, "preparing")}
     ordered = [records[job.pair.name] for job in jobs]
 
     train = [name for r in ordered if r["split"] == "train" for name in _slices(r)]
@@ -296,7 +293,7 @@ def _with_classes(recipe: Recipe, layout: Layout, pairs: list[Pair], workers: in
     """`recipe`, its classes taken from the data set where it has none."""
 
     def values(pairs: Sequence[Pair]) -> Iterable[dict[int | str, int]]:
-        return _parallel(label_values, pairs, workers, "reading labels")
+        return each(label_values, pairs, workers, "reading labels")
 
     return resolve_classes(recipe, dataclasses.replace(layout, pairs=pairs), values)
 
@@ -317,38 +314,6 @@ def _remarks(recipe: Recipe, records: list[dict]) -> list[str]:
         named = "" if len(cases) > 3 else f": {', '.join(cases)}"
         lines.append(f"{remark} (in {len(cases)} of {len(records)} cases{named})")
     return lines
-
-
-def _workers(workers: int | None, cases: int) -> int:
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers {workers}: a number of processes, at least 1, is needed")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(workers or min(cores, _MOST_WORKERS), cases)
-
-
-def _parallel(function: Callable, items: Sequence, workers: int, title: str) -> Iterable:
-    """The results of `function` on `items`, in order, with a progress bar; the first error ends it."""
-    from tqdm import tqdm
-
-    if not items:
-        return []
-    if workers == 1:
-        return [function(item) for item in tqdm(items, title, unit="case", disable=None)]
-    # spawn: safe on every system, and with libraries that hold threads.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(items)), context) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            done = concurrent.futures.as_completed(futures)
-            for future in tqdm(done, title, len(futures), unit="case", disable=None):
-                future.result()
-        except concurrent.futures.process.BrokenProcessPool:
-            advice = "a process died, perhaps of too little memory; use fewer"
-            raise InputError(f"--workers {workers}: {advice}") from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
 
 
 def _write_text(path: Path, lines: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from samlora.data.recipe import Recipe
 from samlora.data.volume import read_volume, stem
 from samlora.errors import InputError, MissingFileError
 
-_LOSSY = (".jpg", ".jpeg")
+LOSSY = (".jpg", ".jpeg")  # masks in these need a threshold
 _MOST_CHANNELS = 8  # files numbered higher are slices or frames
 _MANY = 20  # label values in a message
 
@@ -254,7 +254,7 @@ def _grouped(folder: Path, images: dict[str, Path]) -> list[Pair]:
 
 def _read_mask(path: Path, threshold: float | None) -> Volume:
     """A mask: above 0 where nothing else is said; a JPEG needs a threshold, its background is not 0."""
-    lossy = path.suffix.lower() in _LOSSY
+    lossy = path.suffix.lower() in LOSSY
     return read_volume(path, labels=True, threshold=0 if threshold is None and not lossy else threshold)
 
 

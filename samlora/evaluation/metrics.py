@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from samlora.errors import InputError
+from samlora.evaluation.bootstrap import mean_intervals, overall_interval
 
 OVERLAP = ("dice", "iou", "precision", "recall", "specificity", "accuracy")
 DISTANCES = ("hd", "hd95", "asd", "assd")
-VOLUMES = ("volume_ml", "reference_ml", "volume_error_ml")
+VOLUMES = ("volume_ml", "reference_ml", "volume_error_ml", "volume_error_percent")
 METRICS = (*OVERLAP, *DISTANCES, "nsd", *VOLUMES)
 POLICIES = ("strict", "samed")
 
@@ -60,14 +61,12 @@ class SurfaceDistances:
         Voxels count alike, as in MONAI's SurfaceDiceMetric and nnU-Net; DeepMind weights them by area.
         Formula: Nikolov et al., 2021, https://doi.org/10.2196/26151.
         """
-        limit = tolerance * (1 + 1e-9)  # three steps of 0.1 mm are within 0.3 mm, whatever the rounding says
+        limit = tolerance * (1 + 1e-6)  # three steps of 0.1 mm are within 0.3 mm; headers hold float32
         within = np.count_nonzero(self.to_reference <= limit) + np.count_nonzero(self.to_prediction <= limit)
         return float(within / (self.to_reference.size + self.to_prediction.size))
 
 
-def surface_distances(
-    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
-) -> SurfaceDistances:
+def surface_distances(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> SurfaceDistances:
     """Measures the distances between the surfaces of two masks, once, in both directions.
 
     prediction, reference: bool arrays of one shape, each with at least one voxel set.
@@ -92,19 +91,22 @@ def evaluate(
     policy: str = "strict",
     tolerance_mm: float = 2.0,
     distances: bool = True,
+    tolerances_mm: Sequence[float] = (),
 ) -> dict[int, dict[str, float]]:
     """Compares a label map with its reference and returns the measures of every label.
 
     pred, gt: label maps of one shape, 2D or 3D, whole numbers in 0..65535 or bool; 0 is background.
     spacing: size of a voxel in mm along each array axis, in the order of the axes.
     labels: the labels to measure; default: those that occur in either map (1 for bool arrays).
-    tolerance_mm: how far apart two surfaces may be and still agree in `nsd`.
+    tolerance_mm: how far apart two surfaces may be and still agree in `nsd`. tolerances_mm: more of them, from
+    the same distances: (1, 0.5) adds `nsd_1mm` and `nsd_0.5mm`.
     distances: False leaves hd, hd95, asd, assd and nsd out ("strict" only), which is much faster.
 
-    policy "strict": all of METRICS. Distances are in mm, volumes in ml (`volume_error_ml` is prediction
-    minus reference; NaN in 2D), the rest are fractions. A label absent from both maps has no overlap and
-    no distance: NaN, except for specificity, accuracy and volumes, which are defined. A label absent from
-    one map: dice, iou, precision, recall and nsd are 0, distances are the diagonal of the whole array in mm.
+    policy "strict": all of METRICS. Distances are in mm, volumes in ml (NaN in 2D), the rest are fractions.
+    `volume_error_ml` is prediction minus reference, `volume_error_percent` the same per 100 of the reference (NaN
+    where that is empty). A label absent from both maps has no overlap and no distance: NaN, except for specificity,
+    accuracy and volumes, which are defined. A label absent from one map: dice, iou, precision, recall and nsd are 0,
+    distances are the diagonal of the whole array in mm.
     policy "samed": `dice` and `hd95` as the SAMed and TransUNet papers count them. In both: MedPy's dc, and
     hd95 in voxels; only in the prediction: 1 and 0; otherwise: 0 and 0. An absent label counts there, so
     pass `labels`.
@@ -114,8 +116,10 @@ def evaluate(
     """
     if policy not in POLICIES:
         raise InputError(f"policy {policy!r} is unknown; choose one of {', '.join(POLICIES)}")
-    if not (math.isfinite(tolerance_mm) and tolerance_mm >= 0):
-        raise InputError(f"tolerance_mm is {tolerance_mm}; it must be a finite number of mm, 0 or more")
+    for tolerance in (tolerance_mm, *tolerances_mm):
+        if not (math.isfinite(tolerance) and tolerance >= 0):
+            raise InputError(f"tolerance_mm is {tolerance}; it must be a finite number of mm, 0 or more")
+    tolerances = {"nsd": tolerance_mm} | {f"nsd_{tolerance:g}mm": tolerance for tolerance in tolerances_mm}
     masks = np.asarray(pred).dtype == np.asarray(gt).dtype == bool
     pred, gt = _label_map(pred, "prediction"), _label_map(gt, "reference")
     _check_shapes(pred, gt)
@@ -136,19 +140,54 @@ def evaluate(
         if policy == "samed":
             result[label] = _published(*pair)
         else:
-            result[label] = _strict(*pair, pred.shape, step, tolerance_mm if distances else None)
+            result[label] = _strict(*pair, pred.shape, step, tolerances if distances else None)
     return result
+
+
+def evaluate_case(
+    pred: np.ndarray,
+    gt: np.ndarray,
+    spacing: Sequence[float] | None,
+    labels: Sequence[int] | None = None,
+    tolerances: Sequence[float] = (2.0,),
+) -> dict[str, dict[int, dict[str, float]]]:
+    """What `evaluate` says under every policy, for a volume (D, H, W) or a picture stored as one of one slice.
+
+    A volume with an axis of length 1 is measured as the picture that it is: its outline, not its two faces, is the
+    surface. spacing: as for `evaluate`; None where nothing is known about mm: distances and tolerances are then
+    in pixels (`nsd_1px`), and there are no ml (NaN). tolerances: the first is that of `nsd`.
+    Returns policy -> label -> measures. Raises InputError as `evaluate` does.
+    """
+    pred, gt = np.asarray(pred), np.asarray(gt)
+    flat = tuple(axis for axis in range(pred.ndim) if pred.shape[axis] == 1)[: max(0, pred.ndim - 2)]
+    step = (1.0,) * pred.ndim if spacing is None else tuple(spacing)
+    first, *more = tolerances
+    maps = (pred, gt) if pred.shape != gt.shape else (np.squeeze(pred, flat), np.squeeze(gt, flat))
+    sides = tuple(s for axis, s in enumerate(step) if axis not in flat)
+    strict = evaluate(*maps, sides, labels, "strict", first, tolerances_mm=more)
+    if flat and spacing is not None:
+        thick = evaluate(pred, gt, step, list(strict), distances=False)
+        for label, values in strict.items():
+            values |= {name: thick[label][name] for name in VOLUMES}
+    if spacing is None:
+        unit = {f"nsd_{tolerance:g}mm": f"nsd_{tolerance:g}px" for tolerance in more}
+        strict = {label: {unit.get(k, k): v for k, v in values.items()} for label, values in strict.items()}
+        for values in strict.values():
+            values |= dict.fromkeys(VOLUMES[:3], math.nan)
+    return {"strict": strict, "samed": evaluate(*maps, sides, list(strict), "samed")}
 
 
 def summarise(cases: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict:
     """Means over cases: {"n_cases", "classes": {label: {metric: figures}}, "overall": {metric: figures}}.
 
-    cases: what `evaluate` returned, per case. Figures are "mean", "sd", "n" and "n_excluded". For a class:
-    mean, sample standard deviation (n - 1) and number of its defined values over cases, and how many were
-    left out: NaN, or the case has no such label. For "overall": the mean over classes of the class means
-    (without exclusions that is the mean over cases of per-class means, the figure papers print), the
-    standard deviation over cases of each case's mean over classes, and values counted over cases and
-    classes. A mean of nothing and a deviation of fewer than two values are NaN.
+    cases: what `evaluate` returned, per case. Figures are "mean", "sd", "median", "ci_low", "ci_high", "n" and
+    "n_excluded". For a class: mean, sample standard deviation (n - 1), median and number of its defined values over
+    cases, the 95 % bootstrap interval of that mean (`bootstrap.mean_intervals`), and how many values were left out:
+    NaN, or the case has no such label. For "overall": the mean over classes of the class means (without exclusions
+    that is the mean over cases of per-class means, the figure papers print), standard deviation and median over
+    cases of each case's mean over classes, the interval of that overall mean when cases are drawn, and values
+    counted over cases and classes. A mean of nothing, and a deviation or an interval of fewer than two values, are
+    NaN.
     """
     labels = sorted({label for case in cases.values() for label in case})
     entries = [entry for case in cases.values() for entry in case.values()]
@@ -156,36 +195,42 @@ def summarise(cases: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict:
     classes: dict[int, dict] = {label: {} for label in labels}
     overall = {}
     for metric in metrics:
-        values = np.array(
-            [[case.get(label, {}).get(metric, math.nan) for label in labels] for case in cases.values()]
-        )
+        values = np.array([[case.get(label, {}).get(metric, math.nan) for label in labels] for case in cases.values()])
+        intervals = mean_intervals(values)
         for column, label in enumerate(labels):
-            classes[label][metric] = _figures(values[:, column])
-        overall[metric] = {
+            classes[label][metric] = _figures(values[:, column], intervals[:, column])
+        means = np.array([_figures(row)["mean"] for row in values])
+        overall[metric] = _figures(means, overall_interval(values)) | {
             "mean": _figures(np.array([classes[label][metric]["mean"] for label in labels]))["mean"],
-            "sd": _figures(np.array([_figures(row)["mean"] for row in values]))["sd"],
             "n": int(np.count_nonzero(~np.isnan(values))),
             "n_excluded": int(np.count_nonzero(np.isnan(values))),
         }
     return {"n_cases": len(cases), "classes": classes, "overall": overall}
 
 
-def _figures(values: np.ndarray) -> dict[str, float]:
+def _figures(values: np.ndarray, interval: Sequence[float] = (math.nan, math.nan)) -> dict[str, float]:
     defined = values[~np.isnan(values)]
     return {
         "mean": float(defined.mean()) if defined.size else math.nan,
         "sd": float(defined.std(ddof=1)) if defined.size > 1 else math.nan,
+        "median": float(np.median(defined)) if defined.size else math.nan,
+        "ci_low": float(interval[0]),
+        "ci_high": float(interval[1]),
         "n": int(defined.size),
         "n_excluded": int(values.size - defined.size),
     }
 
 
 def _strict(
-    pred: np.ndarray, gt: np.ndarray, shape: tuple[int, ...], step: np.ndarray, tolerance_mm: float | None
+    pred: np.ndarray,
+    gt: np.ndarray,
+    shape: tuple[int, ...],
+    step: np.ndarray,
+    tolerances: Mapping[str, float] | None,
 ) -> dict[str, float]:
     """All of METRICS of one label, from its masks in the box around both; shape is the whole array's.
 
-    A tolerance of None leaves the measures of surfaces out.
+    tolerances: name of a surface Dice -> mm. None leaves the measures of surfaces out.
     """
     size, reference_size = np.count_nonzero(pred), np.count_nonzero(gt)
     hit = np.count_nonzero(pred & gt)
@@ -206,19 +251,20 @@ def _strict(
         "specificity": rest / (rest + false_alarm) if rest + false_alarm else math.nan,
         "accuracy": (hit + rest) / total,
     }
-    if tolerance_mm is None:
+    if tolerances is None:
         pass
     elif size and reference_size:
         surfaces = _surface_distances(pred, gt, step)
         values |= {name: getattr(surfaces, name)() for name in DISTANCES}
-        values["nsd"] = surfaces.nsd(tolerance_mm)
+        values |= {name: surfaces.nsd(tolerance) for name, tolerance in tolerances.items()}
     else:
         diagonal = math.nan if nowhere else float(np.linalg.norm(np.array(shape) * step))
         values |= dict.fromkeys(DISTANCES, diagonal)
-        values["nsd"] = math.nan if nowhere else 0.0
+        values |= dict.fromkeys(tolerances, math.nan if nowhere else 0.0)
     ml = float(np.prod(step)) / 1000 if len(shape) == 3 else math.nan
-    sizes = size, reference_size, size - reference_size
-    values |= {name: voxels * ml for name, voxels in zip(VOLUMES, sizes, strict=True)}
+    percent = 100 * (size - reference_size) / reference_size if reference_size else math.nan
+    volumes = size * ml, reference_size * ml, (size - reference_size) * ml, percent
+    values |= zip(VOLUMES, volumes, strict=True)
     return {name: float(value) for name, value in values.items()}
 
 
@@ -243,9 +289,7 @@ def _surface_distances(pred: np.ndarray, gt: np.ndarray, step: np.ndarray) -> Su
             distance_transform_edt(~surface, sampling=step)[reference_surface],
         )
     points, reference_points = np.argwhere(surface), np.argwhere(reference_surface)
-    return SurfaceDistances(
-        _nearest(points, reference_points, step), _nearest(reference_points, points, step)
-    )
+    return SurfaceDistances(_nearest(points, reference_points, step), _nearest(reference_points, points, step))
 
 
 def _surface(mask: np.ndarray) -> np.ndarray:
@@ -279,8 +323,7 @@ def _bounding_boxes(labels: np.ndarray) -> dict[int, tuple[slice, ...]]:
 
 def _union(*boxes: tuple[slice, ...]) -> tuple[slice, ...]:
     return tuple(
-        slice(min(side.start for side in sides), max(side.stop for side in sides))
-        for sides in zip(*boxes, strict=True)
+        slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*boxes, strict=True)
     )
 
 

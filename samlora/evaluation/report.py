@@ -38,19 +38,19 @@ def class_colour(label: int) -> tuple[float, float, float]:
     return tuple(int(code[i : i + 2], 16) / 255 for i in (1, 3, 5))
 
 
-def table(summaries: Mapping[str, Mapping], class_names: Mapping[int, str]) -> str:
+def table(summaries: Mapping[str, Mapping], class_names: Mapping[int, str], unit: str = "mm") -> str:
     """The figures per class and over all classes as aligned text, at most 100 columns for two policies.
 
     summaries: policy -> what `metrics.summarise` returned. Dice in per cent with its standard deviation,
-    HD95 in mm ("samed": in voxels), n the cases measured, excl. those left out because undefined.
+    HD95 in `unit` ("samed": in voxels), n the cases measured, excl. those left out because undefined.
     """
     labels = sorted({label for summary in summaries.values() for label in summary["classes"]})
     names = {label: class_names.get(label, f"class {label}") for label in labels}
     width = min(20, max([len("all classes"), *map(len, names.values())]))
     titles, heads = " " * width, "class".ljust(width)
     for policy in summaries:
-        unit = "vox" if policy == "samed" else "mm"
-        head = f" | {'Dice [%]':>8}  {'sd':>4}  {f'HD95 [{unit}]':>10}  {'n':>3} {'excl.':>5}"
+        of = "vox" if policy == "samed" else unit
+        head = f" | {'Dice [%]':>8}  {'sd':>4}  {f'HD95 [{of}]':>10}  {'n':>3} {'excl.':>5}"
         titles, heads = titles + f" | {policy:<{len(head) - 3}}", heads + head
     rule = "-" * len(heads)
     lines = [titles.rstrip(), heads, rule]
@@ -277,10 +277,7 @@ def _legend_entries(
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    entries = [
-        Patch(facecolor=class_colour(label), label=class_names.get(label, f"class {label}"))
-        for label in labels
-    ]
+    entries = [Patch(facecolor=class_colour(label), label=class_names.get(label, f"class {label}")) for label in labels]
     if labels and with_truth:
         entries.append(Line2D([], [], color=_INK, linewidth=1.4, label="line: reference"))
     if labels and with_prediction:

@@ -269,7 +269,7 @@ def _draw(job: _Job, case: Case, labels: np.ndarray, names: dict[int, str]) -> N
         labels = labels[:, box[0] : box[1], box[2] : box[3]]
     picture = job.out / "overlays" / f"{job.pair.name}.{job.config.overlay}"
     if job.config.overlay == "gif":
-        animation(image, labels, picture, **case.display)
+        animation(image, labels, picture, names, **case.display)
     else:
         contact_sheet(image, None, labels, picture, names, **case.display)
 

@@ -212,9 +212,9 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prediction", metavar="PRED", help="a label map, or a folder of them")
     parser.add_argument("reference", metavar="GT", help="the reference: a label map, or a folder of them")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder for the tables and report.html")
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="values, names or NAME=VALUE (default: those found)")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="values, names, NAME=VALUE (default: those found)")
     parser.add_argument("--names", metavar="FILE", help="JSON or YAML with the names of the labels, or an adapter")
-    parser.add_argument("--recipe", metavar="NAME|FILE.yaml", help="GT holds the values of a data set, PRED its classes")
+    parser.add_argument("--recipe", metavar="NAME|FILE.yaml", help="GT has a data set's values, PRED its classes")
     parser.add_argument(
         "--policy",
         default="strict",

@@ -53,7 +53,7 @@ def device_name(device: torch.device) -> str:
             model = next(
                 (
                     line.split(":")[1].strip()
-                    for line in info.read_text().splitlines()
+                    for line in info.read_text(encoding="utf-8").splitlines()
                     if "model name" in line
                 ),
                 model,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from samlora.errors import InputError, MissingFileError
 
-
 _PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EISDIR)
 
 

@@ -15,6 +15,7 @@ import SimpleITK
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from test_dicom import write_file
 
 import samlora
 from samlora.cli import main
@@ -322,23 +323,21 @@ def truncated_picture(w):
 
 
 def dicom(folder, places=(0, 2, 4, 6), spacings=(0.8,), uid="1.2.3", start=0):
-    """A CT series with slices at these places, written file by file."""
+    """A CT series with slices at these places."""
     folder.mkdir(parents=True, exist_ok=True)
-    writer = SimpleITK.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
     for n, z in enumerate(places):
-        image = SimpleITK.GetImageFromArray(np.full((1, 14, 16), -50, np.int16))
         spacing = spacings[n % len(spacings)]
-        image.SetSpacing((spacing, spacing, 2.0))
-        tags = {
-            "0008|0060": "CT", "0008|0016": "1.2.840.10008.5.1.4.1.1.2", "0008|0018": f"{uid}.{n + 1}",
-            "0020|000e": uid, "0020|000d": "1.2", "0020|0032": f"0\\0\\{z}", "0020|0037": "1\\0\\0\\0\\1\\0",
-            "0020|0013": str(n + 1), "0008|103e": f"series {uid}",
-        }  # fmt: skip
-        for tag, value in tags.items():
-            image.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{start + n:03d}.dcm"))
-        writer.Execute(image)
+        write_file(
+            folder / f"{start + n:03d}.dcm",
+            np.full((14, 16), 974, np.uint16),
+            SeriesInstanceUID=uid,
+            SeriesDescription=f"series {uid}",
+            ImagePositionPatient=[0, 0, z],
+            ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+            PixelSpacing=[spacing, spacing],
+            RescaleSlope=1,
+            RescaleIntercept=-1024,
+        )
     return folder
 
 

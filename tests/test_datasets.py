@@ -80,7 +80,7 @@ def totalsegmentator(folder):
         for row, organ in enumerate([*organs, "vertebrae_L1"], start=1):
             mask(folder / case / "segmentations" / f"{organ}.nii.gz", row)
     head = "image_id;age;gender;institute;study_type;split"
-    (folder / "meta.csv").write_text(f"\ufeff{head}\ns0000;64;m;I;ct thorax;train\ns0001;70;f;I;ct abdomen;test\n")
+    (folder / "meta.csv").write_text(f"\ufeff{head}\ns0000;64;m;I;ct thorax;train\ns0001;70;f;I;ct abdomen;test\n", encoding="utf-8")
 
 
 def acdc(folder):

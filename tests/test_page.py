@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from samlora.evaluation import frames as frames_module
+from samlora.evaluation import page as page_module
 from samlora.evaluation.frames import MOST_SLICES, Worst, badness, draw_frames
 from samlora.evaluation.metrics import evaluate_case, summarise
 from samlora.evaluation.page import write_page
@@ -76,6 +77,10 @@ def test_names_are_text_and_nothing_else(written):
     assert "&lt;script&gt;alert(0)&lt;/script&gt;" in text and "gall &amp; &#x27;bladder&#x27; {{data}}" in text
     assert text.count("<script") == text.count("</script>") == 2, "the data and the page's own script"
     assert text.count("onerror") == text.count("onerror=&quot;alert(1)&quot;"), "never as an attribute"
+
+
+def test_data_cannot_end_their_script():
+    assert "<" not in page_module._json({"a": "</script><script>"})
 
 
 def test_page_needs_nothing_else_and_may_run_one_script(written):

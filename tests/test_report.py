@@ -138,7 +138,6 @@ def test_informative_slices_are_spread_over_the_labelled_ones(volume):
     assert report.informative_slices(np.zeros_like(truth), 2, 12) == [3, 9]
 
 
-
 COLUMNS = "step,epoch,lr,loss,loss_ce,loss_dice,val_dice\n"
 
 

@@ -62,7 +62,7 @@ def _listed(folder: Path, list_dir: str | Path | None, list_name: str, ending: s
         raise MissingFileError(
             f"--list_dir {list_dir}: there is no {list_name} in it; leave --list_dir out to use the whole folder"
         )
-    names = [line.strip() for line in listing.read_text().splitlines() if line.strip()]
+    names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
     paths = [folder / f"{name}{ending}" for name in names]
     missing = [path for path in paths if not path.is_file()]
     if missing:

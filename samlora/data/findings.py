@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from samlora.data.augment import resize_image
+from samlora.data.grid import count_values
 
 _MOST_ROWS, _MOST_NAMES = 200, 5
 _EMPTY_SHARE = 0.8  # of the training slices; above it a model learns to say background
@@ -287,16 +288,6 @@ def measure(look: Look, image: np.ndarray, label: np.ndarray | None) -> None:
     if label is not None:
         look.voxels = count_values(label)
         look.empty = int((~label.any(axis=(1, 2))).sum())
-
-
-def count_values(label: np.ndarray) -> dict[int, int]:
-    """Value -> voxels of an integer array."""
-    if label.min() < 0:
-        values, counts = np.unique(label, return_counts=True)
-        return dict(zip(values.tolist(), counts.tolist()))
-    length = int(label.max()) + 1
-    counts = sum(np.bincount(part.ravel(), minlength=length) for part in label)
-    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
 def slice_marks(image: np.ndarray, size: int | None) -> tuple[bytes, ...]:

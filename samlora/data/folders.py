@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -164,12 +165,6 @@ def channel_of(name: str) -> tuple[str, str] | None:
     return (found[1], found[2].lower()) if found else None
 
 
-def image_key(name: str) -> str:
-    """The case of an image's stem: X of X_image, else the stem itself."""
-    found = _IMAGE_AFTER.fullmatch(name)
-    return found[1] if found else name
-
-
 def match(images: Mapping[str, Path], labels: Mapping[str, Path | Masks], apart: bool) -> Matched:
     """Finds the label of each image. Both are given by their stems; apart: they lie in folders of their own.
 
@@ -190,6 +185,8 @@ def match(images: Mapping[str, Path], labels: Mapping[str, Path | Masks], apart:
             taken[key], names[key] = [rest.pop(name)], _case_name(name, key)
         elif tagged and tagged[0] in by_key:
             channels.setdefault(tagged[0], {})[tagged[1]] = name
+    # How many images are named KEY and something more.
+    beginnings = Counter(name[: gap.start()] for name in rest for gap in re.finditer(_GAP, name))
     tags = set()
     for key, stems in channels.items():
         if key in taken and apart:
@@ -197,8 +194,7 @@ def match(images: Mapping[str, Path], labels: Mapping[str, Path | Masks], apart:
             both = " and ".join(path.name for path in (*taken[key], *(images[name] for name in stems.values())))
             raise InputError(f"{label}: {both} belong to it; keep one of them, or number all of them _0000, _0001, ...")
         # With more files of that beginning it is a guess which of them the label is of.
-        others = any(n.startswith(key) and re.match(_GAP, n[len(key) :]) for n in rest.keys() - stems.values())
-        if key not in taken and (apart or not others):
+        if key not in taken and (apart or beginnings[key] == len(stems)):
             taken[key], names[key] = [rest.pop(stems[tag]) for tag in sorted(stems)], key
             tags.add(tuple(sorted(stems)))
     found = Matched([Pair(names[key], tuple(taken[key]), _one_label(by_key[key], labels)) for key in taken])
@@ -252,8 +248,8 @@ def uniform(pairs: list[Pair], where: str | os.PathLike) -> list[Pair]:
     """
     counts = sorted({len(pair.images) for pair in pairs})
     if len(counts) > 1:
-        few_, many = (next(pair for pair in pairs if len(pair.images) == n) for n in (counts[0], counts[-1]))
-        text = f"case {few_.name} has {counts[0]} channels, case {many.name} {counts[-1]}"
+        one, many = (next(pair for pair in pairs if len(pair.images) == n) for n in (counts[0], counts[-1]))
+        text = f"case {one.name} has {counts[0]} channels, case {many.name} {counts[-1]}"
         raise InputError(f"{where}: {text}; every case needs the same ones")
     masks = [pair for pair in pairs if isinstance(pair.label, dict)]
     maps = [pair for pair in pairs if isinstance(pair.label, Path)]

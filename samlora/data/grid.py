@@ -273,5 +273,15 @@ def integers(array: np.ndarray, where: str | os.PathLike) -> np.ndarray:
     return array.astype(np.int32 if low < 0 else np.uint8 if high < 256 else np.uint16)
 
 
+def count_values(labels: np.ndarray) -> dict[int, int]:
+    """Value -> voxels of an integer array of two axes or more, the background included."""
+    if labels.min(initial=0) < 0:
+        values, counts = np.unique(labels, return_counts=True)
+        return dict(zip(values.tolist(), counts.tolist()))
+    length = int(labels.max(initial=0)) + 1
+    counts = sum(np.bincount(part.ravel(), minlength=length) for part in labels)  # by parts: bincount widens to 64 bits
+    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+
+
 def _listed(values: Sequence, most: int = 5) -> str:
     return " ".join(f"{v:g}" for v in values[:most]) + (" ..." if len(values) > most else "")

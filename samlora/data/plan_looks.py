@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from samlora.data.folders import Pair
-from samlora.data.grid import Volume
-from samlora.data.sources import LOSSY, count_values, on_grid, read_image
+from samlora.data.grid import Volume, count_values
+from samlora.data.sources import LOSSY, on_grid, read_image
 from samlora.data.volume import read_volume
 from samlora.errors import InputError
 

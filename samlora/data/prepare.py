@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,6 @@ from samlora.data.volume import write_case, write_medsam, write_slice
 from samlora.errors import InputError
 from samlora.files import identity, whole
 from samlora.processes import each, worker_count
-
 
 
 @dataclasses.dataclass
@@ -309,10 +308,16 @@ def _remarks(recipe: Recipe, records: list[dict]) -> list[str]:
     empty = [r["name"] for r in train if not _slices(r)]
     if empty:
         lines.append(f"no slice with foreground in {', '.join(empty)}")
-    for remark in dict.fromkeys(remark for r in records for remark in r["remarks"]):
-        cases = [r["name"] for r in records if remark in r["remarks"]]
+    remarks: dict[str, dict[str, list[str]]] = {}
+    for record in records:
+        for remark in record["remarks"]:
+            what, _, details = remark.partition(": ")
+            remarks.setdefault(what, {}).setdefault(details, []).append(record["name"])
+    for what, details in remarks.items():
+        cases = list(dict.fromkeys(name for names in details.values() for name in names))
+        shown = "; ".join(list(details)[:3]) + ("; ..." if len(details) > 3 else "")
         named = "" if len(cases) > 3 else f": {', '.join(cases)}"
-        lines.append(f"{remark} (in {len(cases)} of {len(records)} cases{named})")
+        lines.append(f"{what}: {shown} (in {len(cases)} of {len(records)} cases{named})")
     return lines
 
 

@@ -21,7 +21,7 @@ from samlora.data.folders import (
     may_be_label,
     visible,
 )
-from samlora.data.grid import Volume, match_grid
+from samlora.data.grid import Volume, count_values, match_grid
 from samlora.data.layouts import IMAGE_FOLDERS, LABEL_FOLDERS, named_apart
 from samlora.data.pictures import PICTURES
 from samlora.data.recipe import Recipe
@@ -120,15 +120,6 @@ def label_values(pair: Pair, threshold: float | None = None) -> dict[int | str, 
         same = all(mask.shape == masks[0].shape for mask in masks)
         found[name] = int(np.count_nonzero(np.any(masks, axis=0) if same else masks[0]))
     return found
-
-
-def count_values(array: np.ndarray) -> dict[int, int]:
-    """Value -> voxels of an integer array (i, j, k), the background included."""
-    if array.dtype != np.uint8:
-        values, counts = np.unique(array, return_counts=True)
-        return dict(zip(values.tolist(), counts.tolist()))
-    counts = sum(np.bincount(part.ravel(), minlength=256) for part in array)  # by parts: bincount widens to 64 bits
-    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
 def resolve_classes(

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from samlora.data.folders import Masks, folder_or_file
-from samlora.data.grid import Case, Volume, match_grid, reorient, slice_order, transposed
+from samlora.data.grid import Case, Volume, count_values, match_grid, reorient, slice_order, transposed
 from samlora.data.recipe import Recipe
-from samlora.data.sources import count_values
 from samlora.data.volume import read_volume
 from samlora.errors import InputError
 from samlora.evaluation.frames import Frames, draw_frames

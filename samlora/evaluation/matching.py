@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from samlora.data.findings import few
-from samlora.data.folders import Masks, folder_or_file, label_entries, masks_in
+from samlora.data.folders import Masks, folder_or_file, is_dicom_folder, label_entries, masks_in
 from samlora.data.volume import VOLUMES, stem
 from samlora.errors import InputError, MissingFileError
 
@@ -104,7 +104,7 @@ def case_name(name: str) -> str:
 def _pair(prediction: Path | Masks, reference: Path | Masks, named: Path, images: Path | None) -> Matched:
     """The one case of two files; `named` is the one that names it."""
     name = case_name(stem(named))
-    if images is not None and not images.is_dir():
+    if images is not None and (not images.is_dir() or is_dicom_folder(images)):
         return Matched([Trio(name, prediction, reference, images)])
     beside = folder_or_file(prediction).parent
     return Matched([Trio(name, prediction, reference, _image_of(name, _images(beside, images)))])

@@ -48,7 +48,9 @@ if (table) {
 
   const fill = () => {
     const { values, scale, digits, better } = data.measures[choice.value];
-    const most = Math.max(...values.flat().filter((number) => number !== null).map(Math.abs), 1e-9);
+    // A missed class has the diagonal as distance; beside it everything else would look alike.
+    const sizes = values.flat().filter((number) => number !== null).map(Math.abs).sort((a, b) => a - b);
+    const most = Math.max(sizes[Math.floor(0.9 * (sizes.length - 1))] || 0, 1e-9);
     for (const row of body.rows) {
       values[row.dataset.case].forEach((number, index) => {
         const cell = row.cells[index + 1];
@@ -57,7 +59,7 @@ if (table) {
         cell.textContent = number === null ? "\u2013" : (number * scale).toFixed(digits) + mark;
         cell.classList.toggle("undefined", number === null);
         // Squared, so that small faults stay pale. Volumes are neither good nor bad.
-        const fault = number === null ? 0 : better === "high" ? (scale === 100 ? 1 - number : 0) : Math.abs(number) / most;
+        const fault = number === null ? 0 : better === "high" ? (scale === 100 ? 1 - number : 0) : Math.min(Math.abs(number) / most, 1);
         cell.style.setProperty("--heat", (fault * fault).toFixed(3));
       });
     }

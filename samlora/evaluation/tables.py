@@ -90,7 +90,7 @@ def case_table(
 
     strict: the results that say whether a class was missed. links: case -> where on the page its pictures are.
     """
-    heads = [("", named("case")), ("", named("mean over classes"))]
+    heads = [("", named("case")), ("", '<span class="name" title="mean over classes">mean</span>')]
     heads += [(' class="class"', each.html) for each in classes]
     head = "".join(f'<th scope="col"{kind}><button type="button">{text}</button></th>' for kind, text in heads)
     rows = []

@@ -46,21 +46,22 @@ def predict_volume(
     *,
     batch_size: int = 8,
     precision: torch.dtype = torch.float32,
-    postprocess: Callable[[np.ndarray, Sequence[float]], np.ndarray] | None = None,
+    postprocess: Callable[[np.ndarray, Sequence[float] | None], np.ndarray] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Volume:
     """The label map of a volume, uint8 on the volume's own grid.
 
     model: from `samlora.load_model`, on any device; `samlora.merge` makes it faster. volume: as read by
     `samlora.data.volume.read_volume`, or a path it reads, or a prepared .npy.h5 or Case. recipe: only for models
-    whose adapter holds none. postprocess: labels (D, H, W) and spacing in mm -> labels. progress: called with the
-    number of slices done. Raises InputError when the recipe is not the adapter's, or volume and recipe do not fit.
+    whose adapter holds none. postprocess: labels (D, H, W) and spacing in mm, or None -> labels. progress: called
+    with the number of slices done. Raises InputError when the recipe is not the adapter's, or volume and recipe do
+    not fit.
     """
     recipe = fitting_recipe(model.spec, recipe)
     case = volume if isinstance(volume, Case) else as_case(volume, recipe)
     labels = predict_case(model, case, recipe, batch_size, precision, progress)
     if postprocess is not None:
-        labels = postprocess(labels, case.spacing or (1.0, 1.0, 1.0))
+        labels = postprocess(labels, case.spacing)
     return case_to_volume(case, labels)
 
 

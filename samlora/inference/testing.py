@@ -1,5 +1,6 @@
 """Testing on labelled volumes: `volume -> slices -> logits -> labels -> metrics, NIfTI`."""
 
+import functools
 import time
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from samlora.data.recipe import Recipe
 from samlora.data.volume import read_case, write_volume
 from samlora.device import DTYPES, device_name, pick_device, pick_precision
 from samlora.errors import InputError
-from samlora.evaluation.metrics import POLICIES, evaluate, summarise
+from samlora.evaluation.frames import Worst, case_mean, draw_frames
+from samlora.evaluation.metrics import POLICIES, evaluate_case, summarise
+from samlora.evaluation.page import write_page
 from samlora.evaluation.report import (
     contact_sheet,
     table,
@@ -29,14 +32,15 @@ from samlora.model.lora import merge
 from samlora.model.methods import load_model, named_system
 
 PUBLISHED_INPUT_SIZE = 224
+CASES_SHOWN = 12  # in report.html, the worst
 
 
 def test(config: TestConfig) -> dict[str, dict]:
     """Predicts and measures every volume; returns policy -> summary over cases.
 
-    Writes metrics.csv (case x class), summary.json, log.txt, overlays/CASE.png and, if asked, NIfTI files into
-    `output_dir`. Raises InputError for files and options that do not fit together; for a volume that does not fit
-    the adapter when its turn comes, and what was written for earlier ones stays.
+    Writes report.html, metrics.csv (case x class), summary.json, log.txt, overlays/CASE.png and, if asked, NIfTI
+    files into `output_dir`. Raises InputError for files and options that do not fit together; for a volume that does
+    not fit the adapter when its turn comes, and what was written for earlier ones stays.
     """
     import torch
 
@@ -61,9 +65,11 @@ def test(config: TestConfig) -> dict[str, dict]:
     out = Path(config.output_dir)
     journal = Journal(out, f"--output_dir {out}")
     shrunk = f", slices shrunk to {input_size} px first" if input_size else ""
-    journal.say(f"{spec.system} on {spec.variant}, base {spec.base}, {spec.image_size} px{shrunk}")
+    heading = f"{spec.system} on {spec.variant}, base {spec.base}, {spec.image_size} px{shrunk}"
+    journal.say(heading)
     journal.say(f"{len(paths)} volumes of {config.dataset}, device {device_name(device)}, {precision}")
     results: dict[str, dict] = {policy: {} for policy in POLICIES}
+    worst, in_mm = Worst(CASES_SHOWN), True
     for path in _progress(paths):
         case = labelled_case(path, spec, config.lora_ckpt)
         began = time.perf_counter()
@@ -77,14 +83,15 @@ def test(config: TestConfig) -> dict[str, dict]:
             DTYPES[precision],
             with_neighbours=with_neighbours,
         )
-        spacing = case.spacing or (1.0, 1.0, 1.0)
         if postprocess is not None:
-            prediction = postprocess(prediction, spacing)
+            prediction = postprocess(prediction, case.spacing)
         seconds = time.perf_counter() - began
-        for policy in POLICIES:
-            results[policy][case.name] = evaluate(prediction, case.label, spacing, list(names), policy)
-        figures = summarise({case.name: results[config.metric_policy][case.name]})["overall"]
-        dice, hd95 = (figures[name]["mean"] for name in ("dice", "hd95"))
+        for policy, measures in evaluate_case(prediction, case.label, case.spacing, list(names)).items():
+            results[policy][case.name] = measures
+        measures, in_mm = results[config.metric_policy][case.name], in_mm and case.spacing is not None
+        draw = functools.partial(draw_frames, to_show(case.image), case.label, prediction, **case.display)
+        worst.offer(case.name, measures, draw)
+        dice, hd95 = (case_mean(measures, name) for name in ("dice", "hd95"))
         unit = "mm" if case.spacing and config.metric_policy == "strict" else "voxels"
         journal.say(
             f"{case.name}: {len(prediction)} slices in {seconds:.1f} s, Dice {dice:.4f}, HD95 {hd95:.2f} {unit}"
@@ -108,10 +115,16 @@ def test(config: TestConfig) -> dict[str, dict]:
         "policy": config.metric_policy,
     }
     write_summary_json(out / "summary.json", summaries, names, about)
-    for line in table({config.metric_policy: summaries[config.metric_policy]} | summaries, names).splitlines():
+    summaries = {config.metric_policy: summaries[config.metric_policy]} | summaries
+    unit = "mm" if in_mm else "px"
+    for line in table(summaries, names, unit).splitlines():
         journal.say(line)
-    written = "metrics.csv, summary.json, overlays/, log.txt" + (", predictions/" if config.is_savenii else "")
-    journal.say(f"written to {out}: {written}")
+    facts = {"Adapter": str(config.lora_ckpt), "Data": f"{config.volume_path} ({config.dataset})", "Model": heading}
+    write_page(
+        out / "report.html", results, summaries, names, worst.frames, facts, policy=config.metric_policy, unit=unit
+    )
+    predictions = ", predictions/" if config.is_savenii else ""
+    journal.say(f"written to {out}: report.html, metrics.csv, summary.json, overlays/, log.txt{predictions}")
     journal.close()
     return summaries
 

@@ -52,6 +52,7 @@ def demo(output: Path, seed: int) -> Path:
             result / "predictions",
             "the same as NIfTI, on the grid of the patients: open with ITK-SNAP or 3D Slicer",
         ),
+        (result / "report.html", "the result as a page: tables, plots, the cases slice by slice; open it in a browser"),
         (result / "metrics.csv", "every measure per case and organ; summary.json has the means"),
         (run / "curves.png", "loss, learning rate and validation Dice"),
         (adapter, f"all that was trained, {adapter.stat().st_size / 1e6:.1f} MB"),

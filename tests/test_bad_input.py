@@ -226,6 +226,15 @@ def colours_per_voxel(w):
     return w.prepare()
 
 
+@bad("images/a.mha")
+def negative_spacing(w):
+    (w.source / "images/a.nii.gz").unlink()
+    path = w.source / "images/a.mha"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.zeros((4, 14, 16), np.int16)), str(path))
+    path.write_bytes(path.read_bytes().replace(b"ElementSpacing = 1 1 1", b"ElementSpacing = -1 1 1"))
+    return w.prepare()
+
+
 @bad("images/a.nrrd")
 def nrrd_without_its_data(w):
     (w.source / "images/a.nii.gz").unlink()
@@ -673,9 +682,10 @@ def test_there_are_many_kinds():
 
 
 @pytest.mark.parametrize("command", ["prepare", "predict", "evaluate"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(command, world, capsys, monkeypatch):
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_full_or_read_only_disk_is_one_line_and_leaves_nothing(command, reason, world, capsys, monkeypatch):
     def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(reason, os.strerror(reason))
 
     commands = {
         "prepare": world.prepare(),
@@ -686,7 +696,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(command, world, capsys, monk
     monkeypatch.setattr("samlora.files.os.fsync", full)
     assert main([str(word) for word in commands[command]]) == 2
     line = capsys.readouterr().err
-    assert line.count("samlora: ") == 1 and "No space left on device" in line, line
+    assert line.count("samlora: ") == 1 and os.strerror(reason) in line, line
     assert files_below(world.root) == before
 
 

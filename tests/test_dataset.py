@@ -1,11 +1,14 @@
 """Slices on disk: found, checked, split by case, drawn in a reproducible order."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from samlora.data.dataset import (
     Batches,
     SliceDataset,
+    SliceFile,
     check_slices,
     find_slices,
     find_volumes,
@@ -146,3 +149,26 @@ def test_errors(folder, call, words):
     with pytest.raises((InputError, MissingFileError)) as error:
         call(folder)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def by_patient(case):
+    return case.split("_")[0]
+
+
+def frames(*cases):
+    return [SliceFile(Path(f"{case}_slice{n:03d}.npz"), case) for case in cases for n in range(2)]
+
+
+def test_patients_are_split_whole():
+    slices = frames("p1_a", "p1_b", "p2_a", "p2_b", "p3_a", "p4_a")
+    for seed in range(6):
+        train, val = split_cases(slices, val_fraction=0.5, seed=seed, patient_of=by_patient)
+        sides = [{by_patient(s.case) for s in part} for part in (train, val)]
+        assert not sides[0] & sides[1] and len(sides[1]) == 2 and len(train) + len(val) == len(slices)
+
+
+def test_a_patient_on_both_sides_is_refused():
+    with pytest.raises(InputError, match="--val_cases p1_a: p1_b shows the same patient"):
+        split_cases(frames("p1_a", "p1_b", "p2_a"), val_cases=["p1_a"], patient_of=by_patient)
+    train, val = split_cases(frames("p1_a", "p1_b", "p2_a"), val_cases=["p1_a", "p1_b"], patient_of=by_patient)
+    assert {s.case for s in val} == {"p1_a", "p1_b"} and {s.case for s in train} == {"p2_a"}

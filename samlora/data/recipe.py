@@ -202,7 +202,8 @@ class Recipe:
         low, high = self._limits(array)
         if high <= low:  # a volume of one value
             return np.zeros(array.shape, np.float32)
-        return (np.clip(array.astype(np.float32), low, high) - low) / (high - low)
+        values = (np.clip(array.astype(np.float32), low, high) - low) / (high - low)
+        return np.minimum(values, 1, out=values)  # rounding may end just above
 
     def map_labels(self, array: np.ndarray) -> np.ndarray:
         """Label values as classes: uint8 0..num_classes, same shape; values that no class lists become 0.

@@ -190,4 +190,4 @@ def save_nifti(case: Case, prediction: np.ndarray, folder: Path) -> None:
 def _progress(paths: list[Path]):
     from tqdm import tqdm
 
-    return tqdm(paths, desc="testing", unit="volume", dynamic_ncols=True)
+    return tqdm(paths, desc="testing", unit="volume", dynamic_ncols=True, disable=None)

@@ -37,6 +37,7 @@ from samlora.training.setup import (
 )
 
 SECONDS_BETWEEN_STATES = 120
+SECONDS_BETWEEN_LINES = 60  # for those who read a log, where no bar moves
 
 
 def train(config: TrainConfig) -> Path:
@@ -69,7 +70,7 @@ def train(config: TrainConfig) -> Path:
     facts = announce(run, config, data, model, plan, step, fabric.device, precision)
     run.describe(facts)
     bar = progress_bar(plan.last_step, step, visible=fabric.is_global_zero)
-    began = saved = time.monotonic()
+    began = saved = said = time.monotonic()
     while step < plan.last_step:
         epoch = step // plan.steps_per_epoch
         lr = learning_rate(step, config.base_lr, plan.horizon, config.warmup_period * config.warmup, config.lr_exp)
@@ -94,6 +95,10 @@ def train(config: TrainConfig) -> Path:
                 save(run, model, f"epoch_{epoch}")
                 preview(run, config, model, data, fabric.device, DTYPES[precision], step)
         run.record(**row)
+        if "val_dice" in row or time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            dice = f", validation Dice {row['val_dice']:.4f}" if "val_dice" in row else ""
+            run.say(f"step {step}/{plan.last_step}, epoch {epoch + 1}: loss {losses[0]:.4f}{dice}")
         if time.monotonic() - saved > SECONDS_BETWEEN_STATES or ended:
             saved = time.monotonic()
             save(run, model, "adapter_last")
@@ -206,7 +211,8 @@ def announce(
 def progress_bar(total: int, done: int, visible: bool):
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=done, desc="training", unit="step", dynamic_ncols=True, disable=not visible)
+    hidden = None if visible else True  # None: shown on terminals only
+    return tqdm(total=total, initial=done, desc="training", unit="step", dynamic_ncols=True, disable=hidden)
 
 
 def validate(model: nn.Module, data: Data, device: torch.device, dtype: torch.dtype, run: Run) -> float:

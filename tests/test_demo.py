@@ -18,7 +18,7 @@ def test_the_demo_leaves_what_it_names(tmp_path, monkeypatch, capsys):
     first = module.demo(tmp_path / "demo_output", seed=1)
     said = capsys.readouterr().out
     named = [line.split(":")[0].strip() for line in said.split("Look at:")[1].splitlines() if line.startswith("  ")]
-    assert len(named) == 5
+    assert len(named) == 6
     for name in named:
         assert (first / name).exists(), name
     assert {p.name for p in (first / "result" / "predictions").iterdir()} == {

@@ -5,15 +5,30 @@ from dataclasses import dataclass
 from samlora.errors import InputError
 from samlora.options import option
 
-_TTA = "test-time augmentation: average a slice and its three mirror images; four times the work"
-_POSTPROCESS = (
-    "done in this order: largest (keep the largest part of a class), drop=N (parts under N mm3), fill (holes), "
-    "close=R (gaps, by a ball of R mm), smooth=S (contours, by S mm), labels=1,3 (these classes alone)"
-)
+
+@dataclass(frozen=True)
+class ForwardOptions:
+    """How slices go through a model, and what is done to the labels then."""
+
+    batch_size: int = option(16, "slices per forward pass")
+    device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda", "mps"))
+    precision: str = option(
+        "fp32",
+        "number format of the forward pass; auto is bf16 where the device is fast at it",
+        ("fp32", "bf16", "fp16", "auto"),
+    )
+    tta: bool = option(
+        False, "test-time augmentation: average a slice and its three mirror images; four times the work"
+    )
+    postprocess: tuple[str, ...] = option(
+        (),
+        "done in this order: largest (keep the largest part of a class), drop=N (parts under N mm3), fill (holes), "
+        "close=R (gaps, by a ball of R mm), smooth=S (contours, by S mm), labels=1,3 (these classes alone)",
+    )
 
 
 @dataclass(frozen=True)
-class TestConfig:
+class TestConfig(ForwardOptions):
     """All of a test. What the adapter file knows need not be given; what contradicts it is an error."""
 
     __test__ = False  # for pytest: this is no test class
@@ -45,21 +60,12 @@ class TestConfig:
         "whose figures lead: strict (mm; undefined is excluded and counted) or samed (as published)",
         ("strict", "samed"),
     )
-    tta: bool = option(False, _TTA)
-    postprocess: tuple[str, ...] = option((), _POSTPROCESS)
-    batch_size: int = option(16, "slices per forward pass")
-    device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda", "mps"))
-    precision: str = option(
-        "fp32",
-        "number format of the forward pass; auto is bf16 where the device is fast at it",
-        ("fp32", "bf16", "fp16", "auto"),
-    )
     seed: int = option(1234, "seed of everything random")
     deterministic: int = option(1, "1: same result on the same machine; 0: let cuDNN choose")
 
 
 @dataclass(frozen=True)
-class PredictConfig:
+class PredictConfig(ForwardOptions):
     """All of a prediction but its inputs. What the adapter file knows need not be given."""
 
     output: str | None = option(None, "folder for the label maps")
@@ -76,15 +82,6 @@ class PredictConfig:
     )
     overlay: str = option(
         "none", "pictures of the result: a sheet of slices, or all slices moving", ("none", "png", "gif")
-    )
-    tta: bool = option(False, _TTA)
-    postprocess: tuple[str, ...] = option((), _POSTPROCESS)
-    batch_size: int = option(16, "slices per forward pass")
-    device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda", "mps"))
-    precision: str = option(
-        "fp32",
-        "number format of the forward pass; auto is bf16 where the device is fast at it",
-        ("fp32", "bf16", "fp16", "auto"),
     )
     n_gpu: int = option(1, "processes on this machine, a GPU for each (or --device cpu); they share the inputs")
     num_nodes: int = option(1, "machines that share the inputs, each with this command, under torchrun")

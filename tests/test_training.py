@@ -203,9 +203,7 @@ def test_a_loss_that_is_not_finite_names_the_samples(base):
     wrapped, optimizer = fabric.setup(
         model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     )
-    bad = Sample(
-        "case0005_slice042", np.full((32, 32), 1e38, np.float32), np.zeros((32, 32), np.uint8), Transform()
-    )
+    bad = Sample("case0005_slice042", np.full((32, 32), 1e38, np.float32), np.zeros((32, 32), np.uint8), Transform())
     with pytest.raises(InputError, match="case0005_slice042"):
         optimizer_step(fabric, wrapped, optimizer, [[bad]], 64, 0.8)
 
@@ -248,7 +246,16 @@ def test_two_processes_share_a_run(tmp_path, data, base, launcher):
 
     command = [sys.executable, "-m", "samlora"]
     if launcher == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "samlora"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "-m",
+            "samlora",
+        ]
     command += f"train --root_path {data} --ckpt {base} --num_classes 2 --img_size 64 --batch_size 2".split()
     command += f"--max_epochs 1 --device cpu --val_cases case0001 --output {tmp_path / 'ddp'}".split()
     if launcher == "samlora":
@@ -291,7 +298,9 @@ def test_every_shipped_config_trains(name, config, tmp_path):
 def test_samed_commands_work(data, base, tmp_path, capsys):
     """The two commands people know, flag by flag."""
     arguments = f"train --root_path {data} --output {tmp_path} --warmup --AdamW --num_classes 2 --img_size 64 --ckpt {base} --vit_name vit_ti"
-    arguments += " --batch_size 4 --n_gpu 1 --max_epochs 1 --stop_epoch 1 --base_lr 0.001 --seed 7 --rank 2 --warmup_period 2"
+    arguments += (
+        " --batch_size 4 --n_gpu 1 --max_epochs 1 --stop_epoch 1 --base_lr 0.001 --seed 7 --rank 2 --warmup_period 2"
+    )
     arguments += " --module sam_lora_image_encoder_mask_decoder --dice_param 0.8 --lr_exp 0.9 --deterministic 1 --max_iterations 30000 --device cpu --no-tf32"
     assert main(arguments.split()) == 0
     (run,) = tmp_path.glob("Synapse_64_samed_s_vit_ti_epo1_bs4_lr0.001_s7")
@@ -302,6 +311,7 @@ def test_samed_commands_work(data, base, tmp_path, capsys):
         "metrics.csv",
         "summary.json",
         "log.txt",
+        "report.html",
         "overlays",
         "predictions",
     }
@@ -356,9 +366,7 @@ def junk(tmp_path_factory, base):
     (tmp / "bad.yaml").write_text("optimizer: lion\n")
     (tmp / "key.yaml").write_text("base_rl: 0.1\n")
     torch.save({n: t + 1 for n, t in torch.load(base, weights_only=True).items()}, tmp / "other.pth")
-    samlora.save_adapter(
-        samlora.build_model("samed", base=base, image_size=64, num_classes=2), tmp / "a.safetensors"
-    )
+    samlora.save_adapter(samlora.build_model("samed", base=base, image_size=64, num_classes=2), tmp / "a.safetensors")
     return tmp
 
 

@@ -1,6 +1,5 @@
 """`samlora plan`: looks at a folder of images and labels, says what is in it, and writes a recipe to edit."""
 
-import dataclasses
 import os
 import re
 from collections import Counter
@@ -10,16 +9,15 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import yaml
 
 from samlora.data.arrays import ARRAYS
 from samlora.data.dicom import choose
-from samlora.data.folders import Layout, Pair
+from samlora.data.folders import Pair
 from samlora.data.grid import body_axes
 from samlora.data.layouts import find_pairs
 from samlora.data.pictures import PICTURES
 from samlora.data.plan_looks import AIR, SOFT, ImageLook, LabelLook, look_at_image, look_at_label
-from samlora.data.recipe import Recipe
+from samlora.data.plan_text import Found, Plan
 from samlora.errors import InputError
 from samlora.files import whole
 
@@ -27,52 +25,6 @@ _IMAGES_READ = 12  # labels are all read; of the images as many, spread evenly
 _THREADS = 4
 _AIR_SHARE = 0.01  # of the voxels of a CT are air, at least
 _WHITE = 250  # what masks call their object when they are pictures, give or take
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A class as the labels have it: name, what a recipe calls it there, in how many cases, voxels, ml (or None)."""
-
-    name: str
-    value: int | str
-    cases: int
-    voxels: int
-    ml: float | None
-
-
-@dataclasses.dataclass
-class Plan:
-    """What a folder holds, and the choices that follow. `str(plan)` is what people read, `yaml` the recipe to edit.
-
-    reasons: recipe key -> why it was chosen so. choices: recipe key -> value. broken: files that cannot be used, each
-    with the reason.
-    """
-
-    source: Path
-    layout: Layout
-    labels: list[LabelLook]
-    images: list[ImageLook]
-    classes: list[Found]
-    choices: dict
-    reasons: dict[str, str]
-    notes: list[str]
-    broken: list[str]
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe that `yaml` describes."""
-        return Recipe.from_dict(yaml.safe_load(self.yaml()), f"plan for {self.source}")
-
-    def yaml(self, path: str | os.PathLike = "FILE.yaml") -> str:
-        """A commented recipe; path: where it will lie, for the command in its first lines."""
-        from samlora.data.plan_text import recipe_text
-
-        return recipe_text(self, path)
-
-    def __str__(self) -> str:
-        from samlora.data.plan_text import report_text
-
-        return report_text(self)
 
 
 def plan(source: str | os.PathLike) -> Plan:

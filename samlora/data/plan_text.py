@@ -1,5 +1,6 @@
-"""What `samlora plan` says and writes: the report, and the commented recipe."""
+"""A plan: what a folder holds and what follows from it; its report, and the commented recipe."""
 
+import dataclasses
 import os
 import re
 from collections import Counter
@@ -9,12 +10,56 @@ from statistics import median
 import yaml
 
 from samlora.data.findings import columns
-from samlora.data.plan import Plan
+from samlora.data.folders import Layout
+from samlora.data.plan_looks import ImageLook, LabelLook
+from samlora.data.recipe import Recipe
 
 _MOST = 40  # rows of a table, notes
 
 
-def report_text(plan: Plan) -> str:
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A class as the labels have it: name, what a recipe calls it there, in how many cases, voxels, ml (or None)."""
+
+    name: str
+    value: int | str
+    cases: int
+    voxels: int
+    ml: float | None
+
+
+@dataclasses.dataclass
+class Plan:
+    """What a folder holds, and the choices that follow. `str(plan)` is what people read, `yaml` the recipe to edit.
+
+    reasons: recipe key -> why it was chosen so. choices: recipe key -> value. broken: files that cannot be used, each
+    with the reason.
+    """
+
+    source: Path
+    layout: Layout
+    labels: list[LabelLook]
+    images: list[ImageLook]
+    classes: list[Found]
+    choices: dict
+    reasons: dict[str, str]
+    notes: list[str]
+    broken: list[str]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that `yaml` describes."""
+        return Recipe.from_dict(yaml.safe_load(self.yaml()), f"plan for {self.source}")
+
+    def yaml(self, path: str | os.PathLike = "FILE.yaml") -> str:
+        """A commented recipe; path: where it will lie, for the command in its first lines."""
+        return _recipe_text(self, path)
+
+    def __str__(self) -> str:
+        return _report_text(self)
+
+
+def _report_text(plan: Plan) -> str:
     """The report for people: what is there, what it seems to be, and what to look at."""
     layout, looks = plan.layout, plan.images
     test = sum(pair.test for pair in layout.pairs)
@@ -41,7 +86,7 @@ def report_text(plan: Plan) -> str:
     return "\n".join(lines).rstrip()
 
 
-def recipe_text(plan: Plan, path: str | os.PathLike) -> str:
+def _recipe_text(plan: Plan, path: str | os.PathLike) -> str:
     """The recipe as YAML, every choice with its reason; path: where it will lie."""
     name = re.sub(r"\W+", "_", plan.source.resolve().name).strip("_").lower() or "mine"
     test = any(pair.test for pair in plan.layout.pairs)

@@ -59,9 +59,14 @@ class Spec:
     in_channels: int = 3
 
 
-def _digest(path: Path, kind: str) -> str:
+def _digests(path: Path) -> tuple[str, str]:
+    """MD5 and SHA-256 of a file, from reading it once."""
+    digests = hashlib.md5(usedforsecurity=False), hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
+        while part := file.read(1 << 20):
+            for digest in digests:
+                digest.update(part)
+    return digests[0].hexdigest(), digests[1].hexdigest()
 
 
 # --- base weights ----------------------------------------------------------------------------------------
@@ -83,17 +88,16 @@ def find_base(variant: str) -> Path:
     raise MissingFileError(f"no base weights at checkpoints/{name}; fetch them with: samlora download {variant}")
 
 
-def check_official(path: Path) -> None:
-    """Raises InputError when a file under one of Meta's names does not have the MD5 its name promises."""
+def check_official(path: Path) -> str:
+    """The SHA-256 of a file; InputError when one under Meta's names has not the MD5 that its name promises."""
+    md5, sha256 = _digests(path)
     match = re.fullmatch(r"sam_(vit_[blh])_([0-9a-f]{6})\.pth", path.name)
-    if match and path.name in OFFICIAL_FILES.values():
-        digest = _digest(path, "md5")
-        if not digest.startswith(match[2]):
-            raise InputError(
-                f"{path}: the MD5 starts with {digest[:6]}, not with {match[2]} as its name "
-                f"promises; the file is "
-                f"damaged or not Meta's: delete it and run: samlora download {match[1]}"
-            )
+    if match and path.name in OFFICIAL_FILES.values() and not md5.startswith(match[2]):
+        raise InputError(
+            f"{path}: the MD5 starts with {md5[:6]}, not with {match[2]} as its name promises; the file is damaged or "
+            f"not Meta's: delete it and run: samlora download {match[1]}"
+        )
+    return sha256
 
 
 def recognise_variant(state: dict[str, Tensor], path: str | os.PathLike) -> str:
@@ -125,7 +129,7 @@ def load_base(
         official = next((v for v, name in OFFICIAL_FILES.items() if name == path.name), None)
         hint = f"fetch it with: samlora download {official}" if official else "fetch SAM's with: samlora download vit_b"
         raise MissingFileError(f"no base weights at {path}; {hint}")
-    check_official(path)
+    sha256 = check_official(path)
     state, _ = read_tensors(path)
     found = recognise_variant(state, path)
     if variant is not None and variant != found:
@@ -140,7 +144,7 @@ def load_base(
     if num_masks is not None:
         state = {name: tensor for name, tensor in state.items() if not _is_class_tensor(name)}
     sam.load_state_dict(state, strict=num_masks is None)
-    return sam, _digest(path, "sha256")
+    return sam, sha256
 
 
 def _is_class_tensor(name: str) -> bool:

@@ -76,7 +76,12 @@ def _train(given: dict) -> None:
     source = given.pop("config", None)
     values = {} if source is None else read_yaml(source)
     make(TrainConfig, values, str(source))  # so that a wrong value is reported where it stands
-    config = make(TrainConfig, values | given)
+    if isinstance(given.get("resume"), str):
+        from samlora.training.setup import continued
+
+        config = continued(values | given)
+    else:
+        config = make(TrainConfig, values | given)
     from samlora.training.loop import train
 
     train(config)

@@ -31,7 +31,9 @@ def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
             "default": argparse.SUPPRESS,
             "help": (field.metadata["help"] + shown).replace("%", "%%"),
         }
-        if kind is bool:
+        if hints[field.name] == bool | str:  # a switch that may name what it is about
+            settings |= {"nargs": "?", "const": True, "metavar": "FOLDER"}
+        elif kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
             settings |= {"type": kind, "choices": field.metadata["choices"], "metavar": kind.__name__.upper()}
@@ -55,8 +57,7 @@ def make(options: type[Options], given: Mapping[str, Any], source: str = "") -> 
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
             raise InputError(
-                f"{where} is no option"
-                + (f"; did you mean {close[0]}?" if close else f"; known: {', '.join(fields)}")
+                f"{where} is no option" + (f"; did you mean {close[0]}?" if close else f"; known: {', '.join(fields)}")
             )
         values[name] = _checked(value, hints[name], where)
         choices = fields[name].metadata["choices"]
@@ -110,6 +111,8 @@ def _kind(hint: Any) -> tuple[type, bool, bool]:
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
+    if hint == bool | str and type(value) in (bool, str):
+        return value
     kind, is_list, optional = _kind(hint)
     if value is None and optional:
         return None

@@ -8,6 +8,7 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
+import samlora
 from samlora.errors import InputError
 from samlora.model.checkpoint import resize_positions
 from samlora.model.sam import (
@@ -113,6 +114,23 @@ def test_prompts_of_many_images_equal_stock_one_by_one():
                 multimask_output=False,
             )
             torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=1e-4)
+
+
+def test_checkpointing_changes_no_gradient_and_keeps_less():
+    torch.manual_seed(0)
+    model = samlora.build_model(variant="vit_ti", image_size=64, num_classes=2)
+    images, gradients, kept = torch.rand(2, 3, 64, 64), [], []
+    for model.image_encoder.checkpointing in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            loss = model(images).square().mean()
+        loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        kept.append(sum(sizes))
+        model.zero_grad()
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert kept[1] < 0.5 * kept[0]
 
 
 @pytest.mark.parametrize("name", ["vit_ti", "vit_b", "vit_l", "vit_h"])

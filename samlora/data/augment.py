@@ -104,8 +104,11 @@ def make_batch(images: Sequence, labels: Sequence, transforms: Sequence[Transfor
     for i, (image, label, transform) in enumerate(zip(images, labels, transforms)):
         image, label = (_transformed(x.to(device, non_blocking=True), transform) for x in (image, label))
         height, width = label.shape
-        rows, cols = (torch.from_numpy(zoom_matrix(n, side).astype(np.float32)).to(device) for n in (height, width))
-        batch[i] = rows @ image @ cols.T
+        if (height, width) == (side, side):
+            batch[i] = image
+        else:
+            rows, cols = (torch.from_numpy(zoom_matrix(n, side).astype(np.float32)).to(device) for n in (height, width))
+            batch[i] = rows @ image @ cols.T
         positions = []
         for size in (height, width):
             to_side, to_low = nearest_index(size, side), nearest_index(side, low)

@@ -205,10 +205,19 @@ def fingerprint(slices: Sequence[SliceFile]) -> str:
 
 
 class SliceDataset:
-    """Samples by (epoch, index): a slice, and a transform that depends on seed, epoch and index alone."""
+    """Samples by (epoch, index): a slice, and a transform that depends on seed, epoch and index alone.
 
-    def __init__(self, slices: Sequence[SliceFile], seed: int, augment: bool = True):
-        self.slices, self.seed, self.augment = list(slices), seed, augment
+    decoded: the same slices as `samlora.data.cache.SliceCache` keeps them, read instead of the files.
+    """
+
+    def __init__(
+        self,
+        slices: Sequence[SliceFile],
+        seed: int,
+        augment: bool = True,
+        decoded: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
+    ):
+        self.slices, self.seed, self.augment, self.decoded = list(slices), seed, augment, decoded
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -216,7 +225,7 @@ class SliceDataset:
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         item = self.slices[index]
-        image, label = read_slice(item.path)
+        image, label = read_slice(item.path) if self.decoded is None else self.decoded[index]
         if image.ndim == 3:  # files hold channels last, as pictures do
             image = np.ascontiguousarray(np.moveaxis(image, -1, 0))
         transform = Transform()

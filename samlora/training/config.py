@@ -58,13 +58,36 @@ class TrainConfig:
     use_amp: bool = option(False, "SAMed_h's name for half precision: fp16 on a GPU, bf16 elsewhere")
     tf32: bool = option(False, "let a GPU multiply float32 in TF32")
     compile: bool = option(False, "torch.compile the model")
+    checkpointing: bool = option(
+        False, "keep less for the backward pass and compute it again: less memory, a third more time, same gradients"
+    )
+    cache_samples: str | None = option(
+        None, "folder to keep all slices in, decoded once: takes disk (1.3 MB a slice of 512 px), saves time"
+    )
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda", "mps"))
     val_cases: tuple[str, ...] = option((), "cases kept for validation")
     val_fraction: float = option(0.0, "share of the cases kept for validation, if no --val_cases")
     val_interval: int = option(1, "epochs between validations")
     save_interval: int = option(20, "epochs between the adapters that are kept as epoch_N.safetensors")
     num_workers: int | None = option(None, "processes that read slices (default: 0 on the CPU, up to 8 for a GPU)")
-    resume: bool = option(False, "continue the run these options name, from its last saved state")
+    schedule: str = option(
+        "poly", "how the learning rate falls after the warm-up; poly is SAMed's", ("poly", "cosine", "step", "constant")
+    )
+    schedule_steps: tuple[int, ...] = option((), "optimizer steps at which --schedule step multiplies the rate")
+    schedule_gamma: float = option(0.1, "by what --schedule step multiplies the rate at each of --schedule_steps")
+    clip_norm: float = option(0.0, "largest norm of a step's gradient; longer ones are shortened to it; 0: any")
+    ema: float = option(0.0, "decay of a running average of the weights, which becomes the adapter; 0: no average")
+    patience: int = option(0, "stop after this many validations in a row without a better Dice; 0: never")
+    on_bad_sample: str = option(
+        "stop",
+        "a slice that cannot be read: stop names it and ends; skip trains on the next readable one and counts",
+        ("stop", "skip"),
+    )
+    save_seconds: float = option(120.0, "seconds between the saved states that --resume continues from; 0: no clock")
+    save_steps: int = option(0, "optimizer steps between saved states, besides --save_seconds; 0: not counted")
+    resume: bool | str = option(
+        False, "continue, from its last saved state, the run that these options name, or the one in FOLDER"
+    )
 
     def __post_init__(self) -> None:
         for name in (
@@ -83,13 +106,25 @@ class TrainConfig:
         for name in ("max_iterations", "num_classes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} is not possible; give 1 or more")
-        for name in ("base_lr", "lr_exp"):
+        for name in ("base_lr", "lr_exp", "schedule_gamma"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"--{name} {getattr(self, name)} is not possible; give a number above 0")
         if not 0 <= self.dice_param <= 1:
             raise InputError(f"--dice_param {self.dice_param} is not possible; give a weight from 0 to 1")
         if self.warmup_period < 0:
             raise InputError(f"--warmup_period {self.warmup_period} is not possible; give 0 or more steps")
+        for name in ("clip_norm", "patience", "save_seconds", "save_steps"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"--{name} {getattr(self, name)} is not possible; give 0 (off) or more")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"--ema {self.ema} is not possible; give 0 (off) or a decay below 1, such as 0.999")
+        if (self.schedule == "step") != bool(self.schedule_steps):
+            steps = " ".join(map(str, self.schedule_steps)) or "missing"
+            raise InputError(
+                f"--schedule {self.schedule}, --schedule_steps {steps}: only --schedule step takes and needs them"
+            )
+        if self.patience and not (self.val_cases or self.val_fraction):
+            raise InputError(f"--patience {self.patience} needs validation; give --val_cases or --val_fraction")
 
     def run_folder(self, system: str, variant: str, image_size: int) -> Path:
         """Where the run goes: named as SAMed names it, from the options that tell runs apart."""

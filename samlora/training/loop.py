@@ -1,9 +1,9 @@
 """Training: `files -> dataset -> batch -> model -> loss -> optimizer -> adapter file`."""
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from itertools import groupby
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -11,32 +11,35 @@ import torch
 from torch import nn
 
 from samlora.data.augment import make_batch
-from samlora.data.dataset import Batches, Sample, SliceDataset, data_folder, fingerprint, read_geometry
-from samlora.data.grid import Case, to_show
-from samlora.data.volume import read_slice
+from samlora.data.cache import SliceCache
+from samlora.data.dataset import Batches, Sample, SliceDataset, data_folder
 from samlora.device import DTYPES, device_name, peak_memory
 from samlora.errors import InputError
-from samlora.evaluation.metrics import evaluate, summarise
-from samlora.evaluation.report import contact_sheet, curves
-from samlora.inference.slices import predict_slices
-from samlora.model.checkpoint import Spec, adapter_tensors, save_adapter
+from samlora.evaluation.report import curves
+from samlora.model.checkpoint import Spec
+from samlora.training.average import Average
 from samlora.training.config import TrainConfig
 from samlora.training.losses import dice_ce
+from samlora.training.reading import BadSamples, read_batches, worker_died
 from samlora.training.run import Run
 from samlora.training.schedule import learning_rate
 from samlora.training.setup import (
     Data,
     Plan,
+    continued,
     load_data,
     load_system,
     make_fabric,
-    make_loader,
     make_optimizer,
     open_run,
-    restore,
+    origin,
+    resume,
+    worker_count,
 )
+from samlora.training.state import State
+from samlora.training.stop import Stop
+from samlora.training.validation import preview, validate
 
-SECONDS_BETWEEN_STATES = 120
 SECONDS_BETWEEN_LINES = 60  # for those who read a log, where no bar moves
 
 
@@ -44,87 +47,145 @@ def train(config: TrainConfig) -> Path:
     """Trains an adapter and returns its run folder.
 
     Raises InputError, before anything is written, for data, base weights or options that do not fit
-    together; and later when the loss is not finite, naming the samples.
+    together; and later when the loss is not finite, a slice cannot be read or a file not be written.
+    Raises SystemExit (130 or 143) after SIGINT or SIGTERM, when the step in progress is done and saved.
     """
+    if isinstance(config.resume, str):
+        given = {field.name: getattr(config, field.name) for field in fields(config)}
+        config = continued({f.name: given[f.name] for f in fields(config) if given[f.name] != f.default})
     fabric, precision = make_fabric(config)
     torch.manual_seed(config.seed)
     data = load_data(config)
     model = load_system(config, data)
+    run = open_run(config, model.spec, fabric)
+    try:
+        train_in(run, config, fabric, precision, data, model)
+    except RuntimeError as error:
+        if died := worker_died(error, worker_count(config, fabric.device)):
+            raise died from None
+        raise
+    finally:
+        run.close()
+    return run.folder
+
+
+def train_in(run: Run, config: TrainConfig, fabric, precision: str, data: Data, model: nn.Module) -> None:
+    """Trains `model` on `data` until the plan, --patience or a signal ends it; `run` keeps what comes of it."""
     spec: Spec = model.spec
-    run = open_run(config, spec, fabric)
     optimizer = make_optimizer(config, model, fabric.device)
     wrapped, optimizer = fabric.setup(torch.compile(model) if config.compile else model, optimizer)
     plan = Plan.of(config, fabric, len(data.train))
-    step, best, elapsed = restore(config, run, model, optimizer)
+    bad = BadSamples(config.on_bad_sample == "skip", run.say)
+    average = Average(model, config.ema)
+    state, made_from = State(fabric, model, optimizer, average, bad), origin(data, spec)
+    if config.resume:
+        resume(run, state, made_from)
+    run.open_metrics(state.step)
     batches = Batches(
         len(data.train),
         plan.batch_size,
         config.max_epochs,
         config.seed,
-        plan.batches_before(step),
+        plan.batches_before(state.step),
         plan.rank,
         plan.ranks,
     )
-    loader = iter(make_loader(config, SliceDataset(data.train, config.seed), batches, fabric.device))
-    run.open_metrics(step)
-    facts = announce(run, config, data, model, plan, step, fabric.device, precision)
+    decoded = None if config.cache_samples is None else SliceCache(config.cache_samples, data.train)
+    slices, workers = SliceDataset(data.train, config.seed, decoded=decoded), worker_count(config, fabric.device)
+    loader = read_batches(slices, batches, workers, bad, spec.num_classes)
+    facts = announce(run, config, data, model, plan, state.step, fabric.device, precision)
     run.describe(facts)
-    bar = progress_bar(plan.last_step, step, visible=fabric.is_global_zero)
-    began = saved = said = time.monotonic()
-    while step < plan.last_step:
-        epoch = step // plan.steps_per_epoch
-        lr = learning_rate(step, config.base_lr, plan.horizon, config.warmup_period * config.warmup, config.lr_exp)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        samples = [next(loader) for _ in range(plan.batches_of(step))]
-        losses = optimizer_step(fabric, wrapped, optimizer, samples, spec.image_size, config.dice_param)
-        row = dict(zip(("loss", "loss_ce", "loss_dice"), losses), step=step, epoch=epoch, lr=lr)
-        step += 1
-        bar.update()
-        bar.set_postfix(epoch=epoch + 1, loss=f"{losses[0]:.4f}", lr=f"{lr:.1e}")
-
-        ended = step == plan.last_step
-        if step % plan.steps_per_epoch == 0 or ended:
-            # Only the first process validates and writes; the others wait for it in the next step.
-            if data.val and run.writes and ((epoch + 1) % config.val_interval == 0 or ended):
-                row["val_dice"] = validate(model, data, fabric.device, DTYPES[precision], run)
-                if np.isnan(best) or row["val_dice"] > best:
-                    best = row["val_dice"]
-                    save(run, model, "adapter_best")
-            if (epoch + 1) % config.save_interval == 0 or ended:
-                save(run, model, f"epoch_{epoch}")
-                preview(run, config, model, data, fabric.device, DTYPES[precision], step)
-        run.record(**row)
-        if "val_dice" in row or time.monotonic() - said > SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            dice = f", validation Dice {row['val_dice']:.4f}" if "val_dice" in row else ""
-            run.say(f"step {step}/{plan.last_step}, epoch {epoch + 1}: loss {losses[0]:.4f}{dice}")
-        if time.monotonic() - saved > SECONDS_BETWEEN_STATES or ended:
-            saved = time.monotonic()
-            save(run, model, "adapter_last")
-            run.save_state(
-                {
-                    "step": step,
-                    "best": best,
-                    "elapsed": elapsed + saved - began,
-                    "model": adapter_tensors(model),
-                    "optimizer": optimizer.state_dict(),
-                }
+    bar = progress_bar(plan.last_step, state.step, visible=fabric.is_global_zero)
+    began, saved, said = time.monotonic() - state.seconds, time.monotonic(), time.monotonic()
+    ended, stopped = state.step >= plan.last_step or has_stalled(config, state, fabric), 0
+    with Stop() as stop:
+        while not (ended or stopped):
+            epoch = state.step // plan.steps_per_epoch
+            row = {"step": state.step, "epoch": epoch, "lr": rate(config, plan, state.step)}
+            for group in optimizer.param_groups:
+                group["lr"] = row["lr"]
+            try:
+                samples = [next(loader) for _ in range(plan.batches_of(state.step))]
+            except InputError:
+                keep(run, state, made_from)  # the steps up to here are sound, as they may not be when a loss is NaN
+                raise
+            row |= optimizer_step(
+                fabric, wrapped, optimizer, samples, spec.image_size, config.dice_param, config.clip_norm
             )
+            state.step += 1
+            average.update(state.step)
+            bar.update()
+            bar.set_postfix(epoch=epoch + 1, loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}")
+
+            better, ended = False, state.step == plan.last_step
+            if state.step % plan.steps_per_epoch == 0 or ended:
+                validates = bool(data.val) and ((epoch + 1) % config.val_interval == 0 or ended)
+                # Only the first process validates and writes; the others wait for it in the next step.
+                if validates and run.writes:
+                    with average.in_place():
+                        row["val_dice"] = validate(model, data, fabric.device, DTYPES[precision], run, bad)
+                    better = state.validated(row["val_dice"])
+                ended = ended or (validates and has_stalled(config, state, fabric))
+                if run.writes and ((epoch + 1) % config.save_interval == 0 or ended):
+                    with average.in_place():
+                        run.save_adapter(model, f"epoch_{epoch}")
+                        preview(run, config, model, data, fabric.device, DTYPES[precision], state.step, bad)
+            run.record(**row)
+            if "val_dice" in row or time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                dice = f", validation Dice {row['val_dice']:.4f}" if "val_dice" in row else ""
+                run.say(f"step {state.step}/{plan.last_step}, epoch {epoch + 1}: loss {row['loss']:.4f}{dice}")
+            stopped = stop.agreed(fabric)
+            by_clock = 0 < config.save_seconds < time.monotonic() - saved
+            by_count = config.save_steps and state.step % config.save_steps == 0
+            if better or by_clock or by_count or ended or stopped:
+                saved = time.monotonic()
+                state.seconds = saved - began
+                keep(run, state, made_from, better)
     bar.close()
-    elapsed += time.monotonic() - began
-    run.describe(facts | {"steps": step, "seconds": round(elapsed, 1), "peak_memory_bytes": peak_memory(fabric.device)})
+    finish(run, config, facts, state, plan, stopped)
+
+
+def keep(run: Run, state: State, made_from: dict[str, str | int], better: bool = False) -> None:
+    """Saves the adapter and, after it, the state: what a kill in between leaves behind, a continuation makes again."""
+    with state.average.in_place():
+        for name in ("adapter_best", "adapter_last") if better else ("adapter_last",):
+            run.save_adapter(state.model, name)
+    run.save_state(state.saved(made_from))
+
+
+def rate(config: TrainConfig, plan: Plan, step: int) -> float:
+    """The learning rate of optimizer step `step`."""
+    warmup = config.warmup_period * config.warmup
+    milestones, gamma = config.schedule_steps, config.schedule_gamma
+    return learning_rate(step, config.base_lr, plan.horizon, warmup, config.lr_exp, config.schedule, milestones, gamma)
+
+
+def has_stalled(config: TrainConfig, state: State, fabric) -> bool:
+    """Whether --patience is exhausted; the same in every process, of which only the first one validates."""
+    return bool(config.patience) and fabric.broadcast(state.stale >= config.patience)
+
+
+def finish(run: Run, config: TrainConfig, facts: dict, state: State, plan: Plan, stopped: int) -> None:
+    """Writes the last facts and says what to do next; raises SystemExit where a signal ended the run."""
+    counted = {"steps": state.step, "seconds": round(state.seconds, 1), "bad_samples": state.bad.counts}
+    run.describe(facts | counted | {"peak_memory_bytes": peak_memory(state.fabric.device)})
+    if stopped and state.step < plan.last_step:
+        run.say(f"stopped at step {state.step} of {plan.last_step}; continue with: {run.resume_command}")
+        raise SystemExit(128 + stopped)
     if run.writes:
-        curves(run.folder / "metrics.csv", run.folder / "curves.png")
-    best_or_last = run.folder / f"{'adapter_last' if np.isnan(best) else 'adapter_best'}.safetensors"
-    run.say(f"{step} steps in {elapsed:.0f} s" + ("" if np.isnan(best) else f", best validation Dice {best:.4f}"))
-    run.say(f"adapter: {best_or_last}")
+        with run.writing():
+            curves(run.folder / "metrics.csv", run.folder / "curves.png")
+    if config.patience and state.stale >= config.patience:
+        run.say(f"stopped early: {state.stale} validations without a better Dice (--patience {config.patience})")
+    best = "" if math.isnan(state.best) else f", best validation Dice {state.best:.4f}"
+    adapter = run.folder / f"adapter_{'best' if best else 'last'}.safetensors"
+    run.say(f"{state.step} steps in {state.seconds:.0f} s{best}")
+    run.say(f"adapter: {adapter}")
     base = "" if config.ckpt in (None, "random") else f" --ckpt {config.ckpt}"
     volumes = data_folder(config.root_path, "train_npz", "--root_path").parent / "test_vol_h5"
     where = volumes if volumes.is_dir() else "FOLDER_OF_TEST_VOLUMES"
-    run.say(f"next: python test.py --volume_path {where} --lora_ckpt {best_or_last}{base} --is_savenii")
-    run.close()
-    return run.folder
+    run.say(f"next: python test.py --volume_path {where} --lora_ckpt {adapter}{base} --is_savenii")
 
 
 def optimizer_step(
@@ -134,8 +195,9 @@ def optimizer_step(
     samples: Sequence[Sequence[Sample]],
     image_size: int,
     dice_weight: float,
-) -> list[float]:
-    """One step of the optimizer over one or more batches; returns (loss, cross-entropy, Dice loss).
+    clip_norm: float = 0.0,
+) -> dict[str, float]:
+    """One step of the optimizer over one or more batches; returns loss, loss_ce, loss_dice and, if clipped, grad_norm.
 
     Every batch counts by its number of samples. The Dice loss is taken per batch, so accumulation is not
     exactly one large batch. Raises InputError naming the samples when a loss is not finite.
@@ -157,9 +219,14 @@ def optimizer_step(
                 )
             fabric.backward(losses[0] * (len(batch) / count))
         sums += torch.stack([loss.detach() for loss in losses]) * (len(batch) / count)
+    row = {}
+    if clip_norm:
+        # An overflow of fp16 is not the user's: the loss scaler skips that step and halves its scale.
+        norm = fabric.clip_gradients(model, optimizer, max_norm=clip_norm, error_if_nonfinite=False)
+        row["grad_norm"] = norm.item()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return sums.tolist()
+    return dict(zip(("loss", "loss_ce", "loss_dice"), sums.tolist())) | row
 
 
 def announce(
@@ -199,7 +266,7 @@ def announce(
         "seed": config.seed,
         "device": device_name(device),
         "precision": precision,
-        "data_sha256": fingerprint([*data.train, *data.val]),
+        "data_sha256": data.sha256,
         "train_slices": len(data.train),
         "val_cases": sorted(val_cases),
         "trained_parameters": trained,
@@ -213,51 +280,3 @@ def progress_bar(total: int, done: int, visible: bool):
 
     hidden = None if visible else True  # None: shown on terminals only
     return tqdm(total=total, initial=done, desc="training", unit="step", dynamic_ncols=True, disable=hidden)
-
-
-def validate(model: nn.Module, data: Data, device: torch.device, dtype: torch.dtype, run: Run) -> float:
-    """Mean Dice over the classes and cases of the validation slices, in their own pixels."""
-    spec: Spec = model.spec
-    labels = range(1, spec.num_classes + 1)
-    found, cases = set(), {}
-    for case, items in groupby(sorted(data.val, key=lambda s: s.name), key=lambda s: s.case):
-        images, truths = zip(*(read_slice(item.path) for item in items))
-        truth = np.stack(truths)
-        prediction = predict_slices(model, np.stack(images), spec.image_size, device=device, precision=dtype)
-        found.update(np.unique(prediction).tolist())
-        cases[case] = evaluate(prediction, truth, (1, 1, 1), labels, distances=False)
-    summary = summarise(cases)
-    for label in labels:
-        if label not in found and summary["classes"][label]["dice"]["n"]:
-            run.say(
-                f"warning: {spec.class_names[label - 1]} (label {label}) is in the validation cases "
-                f"but not predicted anywhere"
-            )
-    return summary["overall"]["dice"]["mean"]
-
-
-def save(run: Run, model: nn.Module, name: str) -> None:
-    if run.writes:
-        save_adapter(model, run.folder / f"{name}.safetensors")
-
-
-def preview(
-    run: Run,
-    config: TrainConfig,
-    model: nn.Module,
-    data: Data,
-    device: torch.device,
-    dtype: torch.dtype,
-    step: int,
-) -> None:
-    """Draws predictions on a validation case, else on a training case, as preview.png and for TensorBoard."""
-    if not run.writes:
-        return
-    slices = data.val or data.train
-    first = [s for s in slices if s.case == slices[0].case]
-    images, truths = (np.stack(arrays) for arrays in zip(*(read_slice(item.path) for item in first)))
-    prediction = predict_slices(model, images, model.spec.image_size, device=device, precision=dtype)
-    path, names = run.folder / "preview.png", dict(enumerate(model.spec.class_names, start=1))
-    case = Case(images, truths, read_geometry(config.root_path, slices[0].case))
-    contact_sheet(to_show(images), truths, prediction, path, names, **case.display)
-    run.add_image(path, step)

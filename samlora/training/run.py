@@ -1,42 +1,78 @@
 """What a training run leaves behind: its folder, written whole or appended line by line."""
 
+import contextlib
 import csv
+import errno
 import json
 import os
 import platform
+import shlex
 import subprocess
-from collections.abc import Mapping
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch import nn
 
 from samlora.errors import InputError
 from samlora.files import whole
 from samlora.journal import Journal
+from samlora.model.checkpoint import save_adapter
 from samlora.options import write_yaml
 from samlora.training.config import TrainConfig
 
-COLUMNS = ("step", "epoch", "lr", "loss", "loss_ce", "loss_dice", "val_dice")
+COLUMNS = ("step", "epoch", "lr", "loss", "loss_ce", "loss_dice", "val_dice", "grad_norm")
+SECONDS_TO_END = 15  # what reads slices for a process outlives its being killed by some seconds
+LAST, PREVIOUS = "state.pt", "state_previous.pt"
 PACKAGES = ("samlora", "torch", "segment-anything", "lightning-fabric", "numpy", "scipy", "safetensors")
 
 
 class Run:
-    """A run folder. Only the first process of a run writes; in the others every call does nothing."""
+    """A run folder. Only the first process of a run writes; in the others every call does nothing.
+
+    Whatever cannot be written raises InputError; what was saved before stays as it was.
+    """
 
     def __init__(self, folder: Path, config: TrainConfig, writes: bool = True):
         self.folder, self.writes = folder, writes
-        self._journal = self._metrics = self._board = None
+        self._journal = self._lock = self._metrics = self._board = None
         if not writes:
             return
         self._journal = Journal(folder, f"--output {config.output}")
-        write_yaml(folder / "config.yaml", config)
+        self._lock = lock(folder)
+        for pattern in (".part-*", ".tmp*"):  # ours and safetensors', of a process that was killed while it wrote
+            for path in folder.glob(pattern):
+                path.unlink(missing_ok=True)
+        write_yaml(folder / "config.yaml", replace(config, resume=False))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turns what the operating system raises meanwhile into an InputError; also where the folder is gone."""
+        try:
+            if not (self.folder / "config.yaml").exists():
+                raise FileNotFoundError(errno.ENOENT, "it is gone")
+            yield
+        except InputError as error:
+            raise InputError(f"{error}; then: {self.resume_command}") from None
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: cannot be written ({error.strerror}); put that right, then: {self.resume_command}"
+            ) from None
+
+    @property
+    def resume_command(self) -> str:
+        return f"samlora train --resume {shlex.quote(str(self.folder))}"
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar and keeps it in log.txt."""
         if self.writes:
-            self._journal.say(line)
+            with self.writing():
+                self._journal.say(line)
 
     def open_metrics(self, step: int) -> None:
         """Opens metrics.csv and TensorBoard for rows from `step` on; rows of a former life after it are dropped."""
@@ -47,47 +83,76 @@ class Run:
         path = self.folder / "metrics.csv"
         rows = []
         if step and path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
-        with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        self._metrics = open(path, "a", newline="", encoding="utf-8")
-        self._board = SummaryWriter(str(self.folder), purge_step=step)
+            text = path.read_bytes().decode("utf-8", "replace")
+            whole_lines = text[: text.rfind("\n") + 1]  # a killed process may leave a part of a row
+            rows = [row for row in csv.DictReader(whole_lines.splitlines()) if int(row["step"]) < step]
+        with self.writing():
+            with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
+            self._metrics = open(path, "a", newline="", encoding="utf-8")
+            self._board = SummaryWriter(str(self.folder), purge_step=step)
 
     def record(self, **row: float) -> None:
         """Appends one row of COLUMNS to metrics.csv and TensorBoard."""
         if self.writes:
-            csv.DictWriter(self._metrics, COLUMNS).writerow({k: f"{v:.8g}" for k, v in row.items()})
-            self._metrics.flush()
-            for name in row.keys() - {"step", "epoch"}:
-                self._board.add_scalar(name, row[name], row["step"])
+            with self.writing():
+                csv.DictWriter(self._metrics, COLUMNS).writerow({k: f"{v:.8g}" for k, v in row.items()})
+                self._metrics.flush()
+                for name in row.keys() - {"step", "epoch"}:
+                    self._board.add_scalar(name, row[name], row["step"])
 
     def add_image(self, path: Path, step: int) -> None:
         """Shows a PNG in TensorBoard."""
         from matplotlib.image import imread
 
         if self.writes:
-            self._board.add_image(path.stem, imread(path)[..., :3], step, dataformats="HWC")
+            with self.writing():
+                self._board.add_image(path.stem, imread(path)[..., :3], step, dataformats="HWC")
+
+    def save_adapter(self, model: nn.Module, name: str) -> None:
+        """Writes the model's adapter as `name`.safetensors."""
+        if self.writes:
+            with self.writing():
+                save_adapter(model, self.folder / f"{name}.safetensors")
 
     def save_state(self, state: dict) -> None:
-        """Writes state.pt, from which `--resume` continues."""
-        if self.writes:
-            with whole(self.folder / "state.pt") as temporary:
-                torch.save(state, temporary)
+        """Writes state.pt, from which `--resume` continues; the one before it stays as state_previous.pt.
 
-    def load_state(self) -> dict | None:
-        """What `save_state` wrote last, or None. Raises InputError when it cannot be read."""
-        path = self.folder / "state.pt"
-        if not path.exists():
-            return None
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise InputError(
-                f"{path}: cannot be read ({str(error).splitlines()[0][:120]}); delete it to start over"
-            ) from None
+        At every moment one of the two is whole.
+        """
+        if not self.writes:
+            return
+        last, previous, coming = (self.folder / name for name in (LAST, PREVIOUS, "state_next.pt"))
+        with self.writing():
+            os.fsync(self._metrics.fileno())  # the rows before a saved step must outlive a power cut with it
+            with whole(coming) as temporary:
+                torch.save(state, temporary)
+            if last.exists():
+                last.replace(previous)
+            coming.replace(last)
+
+    def load_state(self) -> tuple[dict, Path] | None:
+        """What `save_state` wrote last and the file it was in, or None; falls back, and says so, where it is damaged.
+
+        Raises InputError when no file can be read.
+        """
+        problems = []
+        for path in (self.folder / LAST, self.folder / PREVIOUS):
+            try:
+                state = read_state(path)
+            except InputError as error:
+                problems.append(str(error))
+                continue
+            if state is not None:
+                if path.name == PREVIOUS:
+                    why = problems[0] if problems else f"{self.folder / LAST}: is missing"
+                    self.say(f"warning: {why}; continuing from {path.name}, one state earlier")
+                return state, path
+        if problems:
+            raise InputError(f"{problems[0]}; delete the state files of {self.folder} to start over")
+        return None
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Writes run.json: the facts given and the versions, machine and commit."""
@@ -98,13 +163,55 @@ class Run:
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "commit": commit(),
         }
-        with whole(self.folder / "run.json") as temporary:
+        with self.writing(), whole(self.folder / "run.json") as temporary:
             temporary.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
 
     def close(self) -> None:
-        for file in (self._journal, self._metrics, self._board):
+        """Closes all files. What could not be written has been reported by then."""
+        for file in (self._metrics, self._board, self._journal, self._lock):
             if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+
+
+def lock(folder: Path) -> IO | None:
+    """A file that, while it is open, keeps other processes from writing into a run folder.
+
+    None where there are no such locks (Windows, some network disks). Raises InputError when another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = open(folder / "log.txt", "rb")
+    end = time.monotonic() + SECONDS_TO_END
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > end:
                 file.close()
+                raise InputError(f"{folder}: another process is training in it; wait for it or stop it") from None
+            time.sleep(0.1)
+        except OSError:
+            file.close()
+            return None
+
+
+def read_state(path: Path) -> dict | None:
+    """A state file, every check sum compared; None where there is none. Raises InputError for a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile and torch each have their own kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(f"{path}: cannot be read ({reason})") from None
 
 
 def versions() -> dict[str, str | None]:

@@ -1,24 +1,26 @@
 """Everything before the first step of training: engine, data, model, optimizer, plan, resumed state."""
 
+import json
 import os
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from samlora.data.dataset import (
-    Batches,
     Contents,
-    Sample,
-    SliceDataset,
     SliceFile,
     check_slices,
     data_folder,
     find_slices,
+    fingerprint,
     split_cases,
 )
 from samlora.data.recipe import Recipe
+from samlora.data.volume import read_slice
 from samlora.device import pick_device
 from samlora.engine import launch
 from samlora.errors import InputError
@@ -30,6 +32,7 @@ from samlora.model.sam import VARIANTS
 from samlora.options import make, read_yaml
 from samlora.training.config import TrainConfig
 from samlora.training.run import Run
+from samlora.training.state import State
 
 
 def make_fabric(config: TrainConfig):
@@ -48,7 +51,10 @@ def make_fabric(config: TrainConfig):
 
 @dataclass
 class Data:
-    """The slices of a run and what is known about them; contents: of the training slices."""
+    """The slices of a run and what is known about them.
+
+    contents: of the training slices. sha256: over all that can be read.
+    """
 
     train: list[SliceFile]
     val: list[SliceFile]
@@ -56,6 +62,7 @@ class Data:
     class_names: tuple[str, ...] | None
     recipe: dict | None
     contents: Contents
+    sha256: str
 
 
 def load_data(config: TrainConfig) -> Data:
@@ -73,11 +80,32 @@ def load_data(config: TrainConfig) -> Data:
     num_classes = config.num_classes or known or 8
     patient_of = str if recipe is None else recipe.patient_of
     train, val = split_cases(slices, config.val_cases, config.val_fraction, config.seed, patient_of)
-    contents = check_slices(train, num_classes)
+    if config.on_bad_sample == "skip":
+        usable = [[item for item in part if _readable(item)] for part in (train, val)]
+    else:
+        usable = [train, val]
+    # Where none can be read, the check names the first.
+    contents = check_slices(usable[0] or train, num_classes)
     if val:
-        check_slices(val, num_classes)
+        check_slices(usable[1] or val, num_classes)
     names = tuple(recipe.classes) if known else None
-    return Data(train, val, num_classes, names, None if recipe is None else recipe.to_dict(), contents)
+    return Data(
+        train,
+        val,
+        num_classes,
+        names,
+        None if recipe is None else recipe.to_dict(),
+        contents,
+        fingerprint(sum(usable, [])),
+    )
+
+
+def _readable(item: SliceFile) -> bool:
+    try:
+        read_slice(item.path)
+    except InputError:
+        return False
+    return True
 
 
 def _recipe(config: TrainConfig) -> Recipe | None:
@@ -113,6 +141,7 @@ def load_system(config: TrainConfig, data: Data) -> nn.Module:
         recipe=data.recipe,
         in_channels=3 if data.contents.channels == 1 else data.contents.channels,
     )
+    model.image_encoder.checkpointing = config.checkpointing
     if config.lora_ckpt:
         start_from(model, config.lora_ckpt)
     return model
@@ -190,16 +219,20 @@ class Plan:
         return epoch * self.batches_per_epoch + within * self.accumulate
 
 
-def make_loader(config: TrainConfig, dataset: SliceDataset, batches: Batches, device: torch.device):
-    """Lists of samples, read by worker processes in the order of `batches`."""
-    workers = config.num_workers
-    if workers is None:
-        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_list)
+def worker_count(config: TrainConfig, device: torch.device) -> int:
+    """Processes that read slices: those asked for, else as many as keep the device busy."""
+    if config.num_workers is not None:
+        return config.num_workers
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
 
 
-def _as_list(samples: list[Sample]) -> list[Sample]:
-    return samples  # samples differ in size and are resized on the device
+def origin(data: Data, spec: Spec) -> dict[str, str | int]:
+    """What a run is made from, wherever it lies: {what: how it is told apart}."""
+    return {
+        "number of slices": len(data.train),
+        "base weights": spec.base_sha256 or spec.base,
+        "slices": data.sha256,
+    }
 
 
 def open_run(config: TrainConfig, spec: Spec, fabric) -> Run:
@@ -215,6 +248,9 @@ def open_run(config: TrainConfig, spec: Spec, fabric) -> Run:
 def _run_problem(config: TrainConfig, folder: Path) -> str | None:
     """Why a run cannot be begun or continued in `folder`, or None."""
     if not (folder / "config.yaml").exists():
+        left = [p for pattern in ("*.safetensors", "state*.pt", "metrics.csv") for p in folder.glob(pattern)]
+        if left:
+            return f"{folder} has no config.yaml but holds {left[0].name}; choose another --output"
         return None
     if not config.resume:
         return f"{folder} holds a run already; continue it with --resume, or choose another --output"
@@ -223,35 +259,62 @@ def _run_problem(config: TrainConfig, folder: Path) -> str | None:
     changed = next((name for name in ours if ours[name] != theirs[name]), None)
     if changed is None:
         return None
-    return (
-        f"--{changed} {ours[changed]}: the run in {folder} began with {theirs[changed]}; resume it with its own options"
-    )
+    return _contradiction(changed, ours[changed], folder, theirs[changed])
+
+
+def _contradiction(name: str, ours, folder: Path, theirs) -> str:
+    return f"--{name} {ours}: the run in {folder} began with {theirs}; resume it with its own options"
+
+
+# What a continuation may change: where things lie and on what they run, how long, how often, and what is kept.
+FREE = (
+    "output", "resume", "root_path", "list_dir", "ckpt", "device", "num_workers", "stop_epoch", "max_iterations",
+    "patience", "val_interval", "save_interval", "save_seconds", "save_steps", "on_bad_sample", "checkpointing",
+    "cache_samples",
+)  # fmt: skip
 
 
 def _comparable(config: TrainConfig) -> TrainConfig:
     """The options that must not change between a run and its continuation."""
-    free = dict(
-        resume=False,
-        stop_epoch=1,
-        max_iterations=None,
-        num_workers=None,
-        save_interval=1,
-        val_interval=1,
-        output="",
-    )
-    return replace(config, **free, root_path=None if config.root_path is None else str(Path(config.root_path)))
+    return replace(config, **{field.name: field.default for field in fields(TrainConfig) if field.name in FREE})
 
 
-def restore(
-    config: TrainConfig, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, float, float]:
-    """(next step, best validation Dice or NaN, seconds so far) of a resumed run; (0, NaN, 0) of a new one."""
-    if not config.resume:
-        return 0, float("nan"), 0.0
-    state = run.load_state()
-    if state is None:
+def continued(given: Mapping[str, Any]) -> TrainConfig:
+    """The options of the run in folder given["resume"], with what else was given of FREE.
+
+    Raises InputError when that folder holds no run, was renamed, or an option that was given contradicts it.
+    """
+    folder = Path(given["resume"])
+    source = folder / "config.yaml"
+    if not source.is_file():
+        raise InputError(f"--resume {folder}: holds no run (no config.yaml); give the run folder that train.py printed")
+    values = read_yaml(source)
+    former = make(TrainConfig, values, str(source))
+    more = {name: value for name, value in given.items() if name not in ("resume", "output")}
+    ours = make(TrainConfig, values | more)
+    for name in more:
+        if name not in FREE and getattr(ours, name) != getattr(former, name):
+            raise InputError(_contradiction(name, getattr(ours, name), folder, getattr(former, name)))
+    if (folder / "run.json").is_file():
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))["model"]
+        name = former.run_folder(facts["system"], facts["variant"], facts["image_size"]).name
+        if folder.resolve().name != name:
+            raise InputError(f"--resume {folder}: this run was renamed from {name}; give the folder that name again")
+    return replace(ours, resume=True, output=str(folder.parent))
+
+
+def resume(run: Run, state: State, made_from: dict[str, str | int]) -> None:
+    """Restores the last saved state of a run, or says that there is none.
+
+    Raises InputError when the run was made from something else. With --on_bad_sample skip the contents of slices
+    may change, as files break and are mended; their number keeps the order.
+    """
+    found = run.load_state()
+    if found is None:
         run.say("nothing saved yet: starting from the beginning")
-        return 0, float("nan"), 0.0
-    checkpoint.load_trained(model, state["model"], run.folder / "state.pt")
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["best"], state["elapsed"]
+        return
+    saved, path = found
+    state.restore(saved, path)
+    for what, value in made_from.items():
+        if saved["origin"][what] != value and not (what == "slices" and state.bad.skip):
+            raise InputError(f"{path}: this run was made from other {what}; put them back, or begin a new run")

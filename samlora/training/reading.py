@@ -1,0 +1,121 @@
+"""Batches as they come from disk: files that cannot be read, and processes that die."""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from samlora.data.dataset import Batches, Sample, SliceDataset, SliceFile
+from samlora.data.volume import read_slice
+from samlora.errors import InputError
+from samlora.training.stop import SIGNALS
+
+
+@dataclass(frozen=True)
+class Read:
+    """A sample, and what could not be read on the way to it: (path, why). Without a sample nothing could."""
+
+    sample: Sample | None
+    problems: tuple[tuple[str, str], ...] = ()
+
+
+class Reader:
+    """A SliceDataset whose unreadable files are reported, not raised: a raise loses its line in a worker process.
+
+    skip: a slice that cannot be read is replaced by the next of the data set that can, in this epoch's transform.
+    """
+
+    def __init__(self, dataset: SliceDataset, skip: bool):
+        self.dataset, self.skip = dataset, skip
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Read:
+        epoch, index = key
+        problems = []
+        for offset in range(len(self) if self.skip else 1):
+            at = (index + offset) % len(self)
+            try:
+                return Read(self.dataset[epoch, at], tuple(problems))
+            except InputError as error:
+                problems.append((str(self.dataset.slices[at].path), str(error)))
+        return Read(None, tuple(problems))
+
+
+class BadSamples:
+    """Files that could not be read: stops at the first, or counts how often each had to be done without."""
+
+    def __init__(self, skip: bool, say: Callable[[str], None]):
+        self.skip, self.say = skip, say
+        self.counts: dict[str, int] = {}
+        self._said: set[str] = set()
+
+    def met(self, path: str, problem: str) -> None:
+        """Raises InputError, or warns once for each file and counts."""
+        if not self.skip:
+            raise InputError(f"{problem}; put the file right and --resume, or leave it out with --on_bad_sample skip")
+        if path not in self._said:
+            self._said.add(path)
+            self.say(f"warning: left out: {problem}")
+        self.counts[path] = self.counts.get(path, 0) + 1
+
+    def readable(self, slices: Iterable[SliceFile]) -> Iterator[tuple]:
+        """(image, label) of each slice that can be read."""
+        for item in slices:
+            try:
+                yield read_slice(item.path)
+            except InputError as error:
+                self.met(str(item.path), str(error))
+
+
+def read_batches(
+    dataset: SliceDataset, batches: Batches, workers: int, bad: BadSamples, num_classes: int
+) -> Iterator[list[Sample]]:
+    """Lists of samples, read by worker processes in the order of `batches`.
+
+    Raises InputError for a file that cannot be read or holds other labels than 0..num_classes.
+    """
+    loader = torch.utils.data.DataLoader(
+        Reader(dataset, bad.skip),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_list,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # the loader draws a number at its start; not from the run's random numbers
+    )
+    for batch in loader:
+        samples = []
+        for read in batch:
+            for path, problem in read.problems:
+                bad.met(path, problem)
+            if read.sample is None:
+                raise InputError(f"{Path(read.problems[0][0]).parent}: no slice in it can be read; prepare it again")
+            if read.sample.label.max() > num_classes:
+                raise InputError(
+                    f"{read.sample.name}: its labels went beyond 0..{num_classes} during training; prepare it again"
+                )
+            samples.append(read.sample)
+        yield samples
+
+
+def worker_died(error: RuntimeError, workers: int) -> InputError | None:
+    """What to tell the user when `error` is PyTorch's report of a dead worker process, else None."""
+    if "DataLoader worker" not in str(error):
+        return None
+    reason = " ".join(str(error).split())[:200]
+    return InputError(
+        f"--num_workers {workers}: a process that reads slices died ({reason}); most often memory ran out: give more "
+        f"(in Docker --shm-size), or fewer workers, or --num_workers 0, and --resume"
+    )
+
+
+def _as_list(samples: list[Read]) -> list[Read]:
+    return samples  # samples differ in size and are resized on the device
+
+
+def _ignore_signals(_worker: int) -> None:
+    for number in SIGNALS:  # these reach every process of a group; the first one decides when to end the others
+        signal.signal(number, signal.SIG_IGN)

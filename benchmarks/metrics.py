@@ -9,25 +9,17 @@ same arrays; equal values are asserted. Small inputs, where a fixed cost decides
 Writes benchmarks/results/metrics.json.
 """
 
-import argparse
-import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
-from pathlib import Path
 
 import numpy as np
+import torch
 from medpy.metric import binary
+from plain import samed_measures
 from scipy.ndimage import gaussian_filter, zoom
+from timing import figures, heading, options, timed, write_record
 
 from samlora.evaluation.metrics import evaluate, surface_distances
-from samlora.files import whole
-from samlora.training.run import commit
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPE, SPACING = (148, 512, 512), (3.0, 0.75, 0.75)
 # Centre and half axes (slice, row, column), as shares of the volume and in mm; volumes like those of organs.
 ORGANS = {
@@ -68,22 +60,6 @@ def draw(shape: Sequence[int], spacing: Sequence[float]) -> tuple[np.ndarray, np
     return maps[0], maps[1]
 
 
-def samed(prediction: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """SAMed's calculate_metric_percase for two masks that are not empty (github hitachinsk/SAMed, utils.py)."""
-    prediction, reference = prediction.copy(), reference.copy()
-    prediction[prediction > 0] = 1
-    reference[reference > 0] = 1
-    assert prediction.sum() > 0 and reference.sum() > 0
-    return binary.dc(prediction, reference), binary.hd95(prediction, reference)
-
-
-def timed(function: Callable, *arguments: object) -> tuple[float, object]:
-    """Seconds and result of one call."""
-    began = time.perf_counter()
-    result = function(*arguments)
-    return time.perf_counter() - began, result
-
-
 def compare(ours: Callable, theirs: Callable, pair: tuple, repeats: int, their_repeats: int) -> dict:
     """Both on the same arrays, in turn; raises AssertionError unless their values are equal to 1e-9."""
     seconds: dict[str, list[float]] = {"samlora": [], "medpy": []}
@@ -96,13 +72,10 @@ def compare(ours: Callable, theirs: Callable, pair: tuple, repeats: int, their_r
                 results.append(result)
         if len(results) == 2:
             np.testing.assert_allclose(*results, rtol=0, atol=1e-9)
-    figures = {
-        name: {"min": min(times), "median": statistics.median(times), "repeats": len(times)}
-        for name, times in seconds.items()
-    }
-    figures["ratio_of_medians"] = round(figures["medpy"]["median"] / figures["samlora"]["median"], 2)
-    figures["value"] = np.round(np.ravel(results[0] if len(results) == 1 else results[-1]), 6).tolist()
-    return figures
+    result = {name: figures(times) for name, times in seconds.items()}
+    result["ratio_of_medians"] = round(result["medpy"]["median"] / result["samlora"]["median"], 2)
+    result["value"] = np.round(np.ravel(results[0] if len(results) == 1 else results[-1]), 6).tolist()
+    return result
 
 
 def whole_volume(shape: Sequence[int], repeats: int) -> dict:
@@ -121,7 +94,11 @@ def whole_volume(shape: Sequence[int], repeats: int) -> dict:
         result["hd95"][organ]["voxels"] = int(pair[1].sum())
         if organ in SAMED_ORGANS:
             result["dice_and_hd95_as_samed"][organ] = compare(
-                lambda p, r: tuple(evaluate(p, r, SPACING, policy="samed")[1].values()), samed, pair, repeats, 1
+                lambda p, r: tuple(evaluate(p, r, SPACING, policy="samed")[1].values()),
+                samed_measures,
+                pair,
+                repeats,
+                1,
             )
     for measures, organs in result.items():
         total = {who: sum(of[who]["median"] for of in organs.values()) for who in ("samlora", "medpy")}
@@ -177,44 +154,26 @@ def small_inputs(repeats: int) -> dict:
     return result
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, "metrics")
     parser.add_argument("--shape", type=int, nargs=3, default=SHAPE)
     parser.add_argument("--repeats", type=int, default=3, help="of samlora on whole volumes; MedPy runs once")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "metrics.json")
     args = parser.parse_args(arguments)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    names = ("samlora", "MedPy", "numpy", "scipy")
-    record = {
-        "what": "seconds per organ, samlora and MedPy in turn in one process; values equal to 1e-9 (asserted)",
-        "device": f"{_processor()}, process bound to {cores} core{'s' if cores > 1 else ''}",
-        "load_at_start": os.getloadavg()[0],
-        "versions": {name: metadata.version(name) for name in names} | {"python": platform.python_version()},
-        "commit": commit(),
-        "config": {"shape": list(args.shape), "spacing_mm": list(SPACING), "repeats": args.repeats},
-        "whole_volume": whole_volume(args.shape, args.repeats),
-        "small_inputs": small_inputs(20),
-    }
-    with whole(args.output) as part:
-        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    what = "seconds per organ, samlora and MedPy in turn in one process; values equal to 1e-9 (asserted)"
+    config = {"shape": list(args.shape), "spacing_mm": list(SPACING), "repeats": args.repeats}
+    record = heading(what, torch.device("cpu"), config, ("samlora", "MedPy", "numpy", "scipy"))
+    record |= {"whole_volume": whole_volume(args.shape, args.repeats), "small_inputs": small_inputs(20)}
+    write_record(record, args.output)
     for measures in ("hd95", "dice_and_hd95_as_samed"):
-        figures = record["whole_volume"][measures]
-        seconds = figures["seconds_of_all"]
+        found = record["whole_volume"][measures]
+        seconds = found["seconds_of_all"]
         print(
-            f"{measures}, {len(figures['organs'])} organs: samlora {seconds['samlora']:.2f} s, "
+            f"{measures}, {len(found['organs'])} organs: samlora {seconds['samlora']:.2f} s, "
             f"MedPy {seconds['medpy']:.1f} s, "
-            f"{figures['ratio_of_all']:.0f} times ({figures['lowest_ratio']:.0f} to {figures['highest_ratio']:.0f})"
+            f"{found['ratio_of_all']:.0f} times ({found['lowest_ratio']:.0f} to {found['highest_ratio']:.0f})"
         )
-    for name, figures in record["small_inputs"].items():
-        print(f"{name}: {1e3 * figures['samlora']['median']:.2f} ms, {figures['ratio_of_medians']} times as fast")
+    for name, found in record["small_inputs"].items():
+        print(f"{name}: {1e3 * found['samlora']['median']:.2f} ms, {found['ratio_of_medians']} times as fast")
 
 
 if __name__ == "__main__":

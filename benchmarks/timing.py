@@ -1,0 +1,108 @@
+"""What every benchmark does alike: variants timed in turn in one process, and the record that is written."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from samlora.files import whole
+from samlora.training.run import commit
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("samlora", "torch", "segment-anything", "MedPy", "numpy", "scipy")
+
+
+def timed(function: Callable, *arguments: object) -> tuple[float, object]:
+    """Seconds and result of one call; a GPU's queue is empty before and after."""
+    _wait()
+    began = time.perf_counter()
+    result = function(*arguments)
+    _wait()
+    return time.perf_counter() - began, result
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def interleave(variants: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, dict]:
+    """Seconds of each variant, called in turn `repeats` times after `warm_up` rounds that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(warm_up + repeats):
+        for name, function in variants.items():
+            took, _ = timed(function)
+            if turn >= warm_up:
+                seconds[name].append(took)
+    return {name: figures(times) for name, times in seconds.items()}
+
+
+def figures(times: Sequence[float]) -> dict[str, float | int]:
+    """Shortest and median time, and how many there were."""
+    return {"min": min(times), "median": statistics.median(times), "repeats": len(times)}
+
+
+def ratios(seconds: Mapping[str, dict], baseline: str) -> dict[str, dict[str, float]]:
+    """How many times as fast as `baseline` every other variant is: by medians, and by shortest times."""
+    return {
+        name: {kind: round(seconds[baseline][kind] / times[kind], 2) for kind in ("median", "min")}
+        for name, times in seconds.items()
+        if name != baseline
+    }
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
+    """Operations per second of the largest product a step is made of: 4096 x 768 by 768 x 3072, best of `repeats`."""
+    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((4096, 768), (768, 3072)))
+    best = min(timed(torch.matmul, a, b)[0] for _ in range(repeats + 1))
+    return 2 * 4096 * 768 * 3072 / best
+
+
+def device_text(device: torch.device) -> str:
+    """The processor and what of it was used, or the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()}, process bound to {cores} core{'s' if cores > 1 else ''}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def options(description: str, name: str) -> argparse.ArgumentParser:
+    """A parser with what every script takes: --output."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json")
+    return parser
+
+
+def heading(
+    what: str, device: torch.device, config: Mapping[str, object], packages: Sequence[str] = PACKAGES
+) -> dict:
+    """The beginning of a record: what, where, with which versions, commit and options. Call it before measuring."""
+    return {
+        "what": what,
+        "device": device_text(device),
+        "load_at_start": os.getloadavg()[0],
+        "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
+        "commit": commit(),
+        "config": dict(config),
+    }
+
+
+def write_record(record: Mapping[str, object], path: Path) -> None:
+    with whole(path) as part:
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

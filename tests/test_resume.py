@@ -259,7 +259,15 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(config, uninterr
     assert_same_run(run, uninterrupted)
 
 
-def test_a_second_signal_stops_at_once():
+@pytest.fixture
+def interruptible():
+    """A process that was started in the background ignores SIGINT; for the test it is as in a terminal."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+def test_a_second_signal_stops_at_once(interruptible):
     with loop.Stop() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.signal == signal.SIGINT

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from samlora.data.folders import Pair, few
 from samlora.data.grid import Case, Volume, case_to_volume, to_show
-from samlora.data.layouts import Pair
 from samlora.data.recipe import Recipe
 from samlora.data.sources import find_images, read_image
 from samlora.data.volume import read_case, read_volume, write_dicom_seg, write_volume
@@ -154,7 +154,8 @@ def predict(inputs: Sequence[str | os.PathLike], config: PredictConfig) -> Path:
         raise failed[0]
     missing = [job.pair.name for job in jobs if not job.done()] if fabric.is_global_zero else failed
     if missing:
-        raise InputError(f"{len(missing)} of {len(pairs)} inputs failed: {_few(missing)}; {out}/log.txt says why")
+        listed = few(map(str, missing))
+        raise InputError(f"{len(missing)} of {len(pairs)} inputs failed: {listed}; {out}/log.txt says why")
     if fabric.is_global_zero:
         journal.say(f"{len(pairs)} label maps in {out}")
     journal.close()
@@ -309,7 +310,3 @@ def _has_highdicom() -> bool:
     import importlib.util
 
     return importlib.util.find_spec("highdicom") is not None
-
-
-def _few(items: Sequence) -> str:
-    return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")

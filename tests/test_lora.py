@@ -67,8 +67,12 @@ def test_merging_preserves_and_unmerging_restores(system):
 @pytest.mark.parametrize("system", sorted(SYSTEMS))
 def test_exactly_what_the_row_names_receives_gradients(system):
     model = moved(tiny(system))
-    prompts = None if SYSTEMS[system].semantic else Prompts(boxes=torch.tensor([[4.0, 4, 40, 40]]))
-    model(torch.rand(1, 3, 64, 64), prompts).square().sum().backward()
+    prompts = Prompts(boxes=torch.tensor([[4.0, 4, 40, 40]])) if SYSTEMS[system].promptable else None
+    answer = model(torch.rand(1, 3, 64, 64), prompts, details=True)
+    used = [answer.classes, answer.masks, answer.iou if SYSTEMS[system].objective == "focal_dice_iou" else None]
+    total = sum(tensor[:, :1].square().sum() if tensor is answer.masks else tensor.square().sum() for tensor in used if tensor is not None)
+    if trained_names(model, system):
+        total.backward()
     touched = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert touched == trained_names(model, system)
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -17,9 +17,9 @@ from samlora.model.lora import lora_names
 from samlora.model.sam import PATCH, VARIANTS, Sam, build_sam, state_shapes, usual_size
 from samlora.model.tensors import compare_shapes, read_tensors, write_tensors
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # What adapters of an earlier format do not say, and what it was then.
-_SINCE = {2: {"in_channels": 3}}
+_SINCE = {2: {"in_channels": 3}, 3: {"options": {}}}
 
 # Decoder tensors whose shape, or meaning, depends on the number of classes. They are the only tensors a
 # base checkpoint may lack or hold in another shape, and they start fresh when classes replace SAM's masks.
@@ -41,7 +41,7 @@ class Spec:
     num_classes counts foreground classes. lora_layers: adapted encoder blocks, empty without LoRA.
     class_names: one per foreground class. recipe: how its slices were made (samlora.data.recipe), as
     plain data. base: file name of the base weights, or "random:SEED". base_sha256: of that file. in_channels: of the
-    images; other than 3 go through an input stem.
+    images; other than 3 go through an input stem. options: what the system's row offers beyond these, as plain data.
     """
 
     system: str
@@ -57,6 +57,7 @@ class Spec:
     samlora_version: str = ""
     format_version: int = FORMAT_VERSION
     in_channels: int = 3
+    options: dict = field(default_factory=dict)
 
 
 def _digests(path: Path) -> tuple[str, str]:
@@ -142,12 +143,13 @@ def load_base(
     _check_base(state, found, fresh_heads=num_masks is not None, path=path)
     state = {name: tensor.float() for name, tensor in resize_positions(state, found, image_size).items()}
     if num_masks is not None:
-        state = {name: tensor for name, tensor in state.items() if not _is_class_tensor(name)}
+        state = {name: tensor for name, tensor in state.items() if not is_class_tensor(name)}
     sam.load_state_dict(state, strict=num_masks is None)
     return sam, sha256
 
 
-def _is_class_tensor(name: str) -> bool:
+def is_class_tensor(name: str) -> bool:
+    """Whether a tensor of a decoder depends on the number of classes (CLASS_TENSORS)."""
     return any(part in name for part in CLASS_TENSORS)
 
 
@@ -161,8 +163,8 @@ def _check_base(state: dict[str, Tensor], variant: str, fresh_heads: bool, path:
     masks = state.get("mask_decoder.mask_tokens.weight")
     expected = state_shapes(variant, positions.shape[1] * PATCH, 4 if masks is None else len(masks))
     compare_shapes(
-        {n: t.shape for n, t in state.items() if not (fresh_heads and _is_class_tensor(n))},
-        {n: s for n, s in expected.items() if not (fresh_heads and _is_class_tensor(n))},
+        {n: t.shape for n, t in state.items() if not (fresh_heads and is_class_tensor(n))},
+        {n: s for n, s in expected.items() if not (fresh_heads and is_class_tensor(n))},
         f"{path}: is not a complete {variant} base",
         "fetch the file again",
     )
@@ -238,7 +240,7 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], Spec | Non
     for version, values in _SINCE.items():
         if description.get("format_version", FORMAT_VERSION) < version:
             description = values | description
-    wrong = description.keys() ^ {field.name for field in fields(Spec)}
+    wrong = description.keys() ^ {known.name for known in fields(Spec)}
     if wrong:
         raise InputError(f"{path}: its description is damaged ({', '.join(sorted(wrong))}); save it again")
     for name in ("lora_layers", "class_names"):

@@ -3,10 +3,11 @@
 import fnmatch
 import os
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from samlora.errors import InputError
 from samlora.model import checkpoint
 from samlora.model.checkpoint import Spec
 from samlora.model.lora import inject_decoder, inject_encoder, translate_adapter
-from samlora.model.sam import STOCK_MASKS, VARIANTS, Sam, build_sam, usual_size
+from samlora.model.sam import STOCK_MASKS, VARIANTS, Sam, build_decoder, build_sam, usual_size
 from samlora.model.stem import InputStem
 
 
@@ -23,17 +24,35 @@ from samlora.model.stem import InputStem
 class System:
     """How a system is built and what of it trains.
 
-    trains: patterns of parameter names; a leading "!" takes away what an earlier pattern gave.
-    lora_decoder: LoRA on the decoder's transformer too. semantic: one mask token per class and background,
-    no prompts; otherwise the base's own mask tokens, with prompts. module: SAMed's name of it, if any.
+    trains: patterns of parameter names; a leading "!" takes away what an earlier pattern gave. variant: the usual
+    one. lora: LoRA on q and v of the encoder's blocks; lora_decoder: on the decoder's transformer too.
+    prompts: "none": one mask token per class and background, no prompts; "only": the base's own mask tokens, one mask
+    for each prompt; "both": two decoders. normalise: images get SAM's pixel statistics inside the model; otherwise
+    they enter as they are, 0 to 1. pad: images are scaled by their longer side and padded, as SAM does it; otherwise
+    stretched to the square. objective: what it trains on, a key of samlora.training.objectives.OBJECTIVES.
+    options: what else can be chosen when it is built, and the defaults. module: SAMed's name of it, if any.
     """
 
     summary: str
     trains: tuple[str, ...]
     variant: str = "vit_b"
+    lora: bool = True
     lora_decoder: bool = False
-    semantic: bool = True
+    prompts: str = "none"
+    normalise: bool = False
+    pad: bool = False
+    objective: str = "classes"
+    options: Mapping[str, Any] = field(default_factory=dict)
     module: str | None = None
+
+    @property
+    def automatic(self) -> bool:
+        """Whether it draws all classes without prompts."""
+        return self.prompts != "only"
+
+    @property
+    def promptable(self) -> bool:
+        return self.prompts != "none"
 
 
 _ENCODER_LORA = "image_encoder.*.linear_[ab]_[qv].weight"
@@ -45,6 +64,9 @@ _SEMANTIC_DECODER = (
     "mask_decoder.*",
     "!mask_decoder.iou_prediction_head.*",
 )
+# Training on prompts sees mask token 0 alone: the heads of the three others would get no gradient.
+_OTHER_HEADS = "!*.output_hypernetworks_mlps.[123].*"
+_PROMPTED_DECODER = ("mask_decoder.*", "!mask_decoder.iou_prediction_head.*", _OTHER_HEADS)
 
 SYSTEMS = {
     "samed": System(
@@ -68,12 +90,66 @@ SYSTEMS = {
         trains=(_ENCODER_LORA, *_SEMANTIC_DECODER),
         variant="vit_h",
     ),
+    "sam": System(
+        summary="SAM as it is, with prompts; nothing trains (arXiv 2304.02643)",
+        trains=(),
+        lora=False,
+        prompts="only",
+        normalise=True,
+        pad=True,
+    ),
     "sam_lora": System(
         summary="LoRA on q and v of the image encoder alone, SAM's own decoder and prompts",
         trains=(_ENCODER_LORA,),
-        semantic=False,
+        prompts="only",
+        normalise=True,
+        pad=True,
+        objective="dice_ce",
+    ),
+    "medsam": System(
+        summary="image encoder and mask decoder trained whole, with boxes (MedSAM, arXiv 2304.12306)",
+        trains=("image_encoder.*", *_PROMPTED_DECODER),
+        lora=False,
+        prompts="only",
+        objective="dice_bce",
+    ),
+    "medsam_decoder": System(
+        summary="MedSAM with the image encoder frozen, so that its embeddings can be kept",
+        trains=_PROMPTED_DECODER,
+        lora=False,
+        prompts="only",
+        objective="dice_bce",
+    ),
+    "sam_prompt": System(
+        summary="SAM's own training: boxes and points, focal, Dice and IoU loss; `freeze` names what stays",
+        trains=(
+            "image_encoder.*",
+            "prompt_encoder.point_embeddings.*",
+            "prompt_encoder.no_mask_embed.weight",
+            "mask_decoder.*",
+            _OTHER_HEADS,
+        ),
+        lora=False,
+        prompts="only",
+        normalise=True,
+        pad=True,
+        objective="focal_dice_iou",
+        options={"freeze": ("image_encoder", "prompt_encoder")},
+    ),
+    "samlora_joint": System(
+        summary="one LoRA encoder, two decoders: all classes without prompts, and one object by prompts",
+        trains=(
+            _ENCODER_LORA,
+            *_SEMANTIC_DECODER,
+            "prompt_decoder.*",
+            "!prompt_decoder.iou_prediction_head.*",
+            "!prompt_decoder.output_hypernetworks_mlps.[123].*",
+        ),
+        prompts="both",
+        objective="joint",
     ),
 }
+PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")  # what the option `freeze` can name
 
 
 def system_row(name: str) -> System:
@@ -99,13 +175,33 @@ def named_system(system: str | None, module: str | None) -> str | None:
     return named
 
 
-def trained_names(model: nn.Module, system: str) -> set[str]:
-    """Names of the parameters of `model` that train in `system`."""
-    names: set[str] = set()
-    for pattern in (*system_row(system).trains, _STEM):
+def trained_names(model: nn.Module, system: str, options: Mapping[str, Any] | None = None) -> set[str]:
+    """Names of the parameters of `model` that train in `system`, built with `options`."""
+    row, names = system_row(system), set()
+    frozen = {**row.options, **(options or {})}.get("freeze", ())
+    for pattern in (*row.trains, _STEM, *(f"!{part}.*" for part in frozen)):
         found = {n for n, _ in model.named_parameters() if fnmatch.fnmatchcase(n, pattern.removeprefix("!"))}
         names = names - found if pattern.startswith("!") else names | found
     return names
+
+
+def system_options(system: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """All options of a system: those given and the defaults of its row, as plain data.
+
+    Raises InputError for one it has not, or a part that `freeze` cannot name.
+    """
+    row = system_row(system)
+    for name in given or {}:
+        if name not in row.options:
+            known = ", ".join(row.options) or "none"
+            raise InputError(f"{name}: the system {system} has no such option; it has: {known}")
+    options = {**row.options, **(given or {})}
+    if "freeze" in options:
+        options["freeze"] = list(options["freeze"])
+        unknown = [part for part in options["freeze"] if part not in PARTS]
+        if unknown or set(options["freeze"]) == set(PARTS):
+            raise InputError(f"--freeze {' '.join(options['freeze'])}: give one or two of {', '.join(PARTS)}")
+    return options
 
 
 def train_only(model: nn.Module, names: Iterable[str]) -> None:
@@ -129,6 +225,7 @@ def build_model(
     class_names: Iterable[str] | None = None,
     recipe: dict | None = None,
     in_channels: int = 3,
+    options: Mapping[str, Any] | None = None,
 ) -> Sam:
     """Builds a system on a base, ready to train: `model(images (B, 3, S, S)) -> logits`, on the CPU, float32.
 
@@ -140,6 +237,8 @@ def build_model(
     rank, lora_layers: of the LoRA pairs; all encoder blocks when None.
     class_names, recipe: kept in the adapter file; recipe is plain data (samlora.data.recipe).
     in_channels: channels of the images; other than 3 go through a learned 1x1 convolution (samlora.model.stem).
+    options: what the system's row offers beyond these, such as `freeze` of sam_prompt.
+    Images are in 0..1 for every system. Systems with prompts take them as `model(images, prompts)`.
     The result's `.spec` says what it is. Raises InputError or MissingFileError when something does not fit.
     """
     row = system_row(system)
@@ -148,20 +247,26 @@ def build_model(
     names = tuple(class_names) if class_names is not None else tuple(f"class_{i}" for i in range(1, num_classes + 1))
     if len(names) != num_classes:
         raise InputError(f"{len(names)} class names for num_classes {num_classes}; give one name per foreground class")
-    num_masks = num_classes + 1 if row.semantic else None
+    chosen = system_options(system, options)
+    if lora_layers is not None and not row.lora:
+        raise InputError(f"lora layers {list(lora_layers)}: the system {system} has no LoRA; leave them out")
+    num_masks = num_classes + 1 if row.prompts == "none" else None
     sam, base_name, digest = _base(base, variant, row, image_size, num_masks)
     if in_channels < 1:
         raise InputError(f"in_channels {in_channels} is not possible; give the number of channels of the images")
     if in_channels != 3:
         sam.input_stem = InputStem(in_channels)
-    layers = inject_encoder(sam.image_encoder, rank, lora_layers)
+    sam.normalise = row.normalise
+    if row.prompts == "both":
+        _add_class_decoder(sam, num_classes + 1)
+    layers = inject_encoder(sam.image_encoder, rank, lora_layers) if row.lora else ()
     if row.lora_decoder:
         inject_decoder(sam.mask_decoder.transformer, rank)
-    train_only(sam, trained_names(sam, system))
+    train_only(sam, trained_names(sam, system, chosen))
     sam.spec = Spec(
         system=system,
         variant=sam.variant,
-        rank=rank,
+        rank=rank if row.lora else 0,
         lora_layers=tuple(layers),
         image_size=sam.image_size,
         num_classes=num_classes,
@@ -171,8 +276,17 @@ def build_model(
         recipe=recipe,
         samlora_version=_version(),
         in_channels=in_channels,
+        options=chosen,
     )
     return sam
+
+
+def _add_class_decoder(sam: Sam, num_masks: int) -> None:
+    """The base's decoder becomes the one for prompts; a copy of it, with mask tokens of its own, draws the classes."""
+    sam.prompt_decoder, sam.mask_decoder, sam.num_masks = sam.mask_decoder, build_decoder(num_masks), num_masks
+    state = sam.prompt_decoder.state_dict()
+    shared = {name: tensor for name, tensor in state.items() if not checkpoint.is_class_tensor(name)}
+    sam.mask_decoder.load_state_dict(shared, strict=False)
 
 
 def _base(
@@ -247,10 +361,11 @@ def load_model(
             image_size=image_size or spec.image_size,
             num_classes=spec.num_classes,
             rank=spec.rank,
-            lora_layers=spec.lora_layers,
+            lora_layers=spec.lora_layers or None,
             class_names=spec.class_names,
             recipe=spec.recipe,
             in_channels=spec.in_channels,
+            options=spec.options,
         )
     if model.spec.base_sha256 != spec.base_sha256:
         raise InputError(

@@ -7,6 +7,7 @@ prompts in one decoder call, and all mask tokens are returned.
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,18 @@ class Prompts:
     boxes: Tensor | None = None
     masks: Tensor | None = None
     image_index: Tensor | None = None
+
+
+class Answer(NamedTuple):
+    """All that a forward pass can say; None for what was not asked or the system has not.
+
+    classes: (B, C, S/4, S/4) logits of the automatic masks. masks: (P, M, S/4, S/4) logits of every mask token for each
+    prompt; the first is SAM's single mask, the others its three for an ambiguous prompt. iou: (P, M), predicted.
+    """
+
+    classes: Tensor | None = None
+    masks: Tensor | None = None
+    iou: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -232,47 +245,30 @@ class MaskDecoder(StockMaskDecoder):
 
 
 class Sam(nn.Module):
-    """Segment Anything: `image_encoder`, `prompt_encoder`, `mask_decoder`, with Meta's key names."""
+    """Segment Anything: `image_encoder`, `prompt_encoder`, `mask_decoder`, with Meta's key names.
+
+    Two decoders make a model that answers with and without prompts: then `mask_decoder` draws the classes and
+    `prompt_decoder` is the one for prompts. normalise: brings images from 0..1 to SAM's pixel statistics first, as
+    Meta trained it; SAMed and MedSAM leave that out.
+    """
 
     def __init__(self, variant: str, image_size: int, num_masks: int):
         super().__init__()
         self.variant = variant
         self.image_size = image_size
         self.num_masks = num_masks
-        self.input_stem = None  # see samlora.model.stem; methods.py sets it for images of other than three channels
+        self.normalise = False
+        # methods.py sets these two where a system has them.
+        self.input_stem = None  # for images of other than three channels, see samlora.model.stem
+        self.prompt_decoder = None
         grid = image_size // PATCH
         self.image_encoder = ImageEncoder(VARIANTS[variant], image_size)
         self.prompt_encoder = PromptEncoder(EMBED, (grid, grid), (image_size, image_size), mask_in_chans=16)
-        self.mask_decoder = MaskDecoder(
-            num_multimask_outputs=num_masks - 1,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=EMBED, mlp_dim=2048, num_heads=8),
-            transformer_dim=EMBED,
-        )
+        self.mask_decoder = build_decoder(num_masks)
 
-    def decode(
-        self, embeddings: Tensor, sparse: Tensor, dense: Tensor, image_index: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Masks (P, M, S/4, S/4) and predicted IoU (P, M) from embeddings and embedded prompts."""
-        # Sines of large arguments: half precision would move every position.
-        with torch.autocast(embeddings.device.type, enabled=False):
-            image_pe = self.prompt_encoder.get_dense_pe()
-        return self.mask_decoder(embeddings, image_pe, sparse, dense, image_index)
+    def encode(self, images: Tensor) -> Tensor:
+        """Image embeddings (B, 256, S/16, S/16) of images (B, channels, S, S) in 0..1.
 
-    def embed_prompts(self, prompts: Prompts | None, count: int) -> tuple[Tensor, Tensor]:
-        """Sparse (P, N, 256) and dense (P, 256, h, w) embeddings; without prompts P = `count`, N = 0."""
-        if prompts is None:
-            sparse, dense = self.prompt_encoder(points=None, boxes=None, masks=None)
-            return sparse.expand(count, -1, -1), dense.expand(count, -1, -1, -1)
-        points = None if prompts.points is None else (prompts.points, prompts.labels)
-        with torch.autocast(self.prompt_encoder.no_mask_embed.weight.device.type, enabled=False):
-            return self.prompt_encoder(points=points, boxes=prompts.boxes, masks=prompts.masks)
-
-    def forward(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
-        """Low-resolution logits of a batch.
-
-        images: (B, 3, S, S), or as many channels as the input stem takes. Without prompts every mask token's mask:
-        (B, num_masks, S/4, S/4).
-        With prompts one mask per prompt (mask token 0, SAM's single-mask output): (P, 1, S/4, S/4).
         Raises InputError for images of another size.
         """
         side, channels = self.image_size, 3 if self.input_stem is None else self.input_stem.in_channels
@@ -284,10 +280,76 @@ class Sam(nn.Module):
             )
         if self.input_stem is not None:
             images = self.input_stem(images)
-        sparse, dense = self.embed_prompts(prompts, images.shape[0])
-        index = None if prompts is None else prompts.image_index
-        masks, _ = self.decode(self.image_encoder(images), sparse, dense, index)
-        return masks if prompts is None else masks[:, :1]
+        if self.normalise:
+            mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+            images = (images * 255 - mean) / std
+        return self.image_encoder(images)
+
+    def decode(
+        self,
+        embeddings: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+        image_index: Tensor | None = None,
+        decoder: MaskDecoder | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Masks (P, M, S/4, S/4) and predicted IoU (P, M) from embeddings and embedded prompts."""
+        # Sines of large arguments: half precision would move every position.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            image_pe = self.prompt_encoder.get_dense_pe()
+        return (decoder or self.mask_decoder)(embeddings, image_pe, sparse, dense, image_index)
+
+    def embed_prompts(self, prompts: Prompts | None, count: int) -> tuple[Tensor, Tensor]:
+        """Sparse (P, N, 256) and dense (P, 256, h, w) embeddings; without prompts P = `count`, N = 0."""
+        if prompts is None:
+            sparse, dense = self.prompt_encoder(points=None, boxes=None, masks=None)
+            return sparse.expand(count, -1, -1), dense.expand(count, -1, -1, -1)
+        points = None if prompts.points is None else (prompts.points, prompts.labels)
+        with torch.autocast(self.prompt_encoder.no_mask_embed.weight.device.type, enabled=False):
+            return self.prompt_encoder(points=points, boxes=prompts.boxes, masks=prompts.masks)
+
+    def answer(self, embeddings: Tensor, prompts: Prompts | None = None, classes: bool = True) -> Answer:
+        """The masks of images that were encoded before: embeddings (B, 256, S/16, S/16).
+
+        Prompts go to `prompt_decoder` where there is one, else to `mask_decoder`. classes: also the automatic masks,
+        or, of a model with one decoder, every mask token's mask without prompts.
+        """
+        drawn = masks = iou = None
+        if classes:
+            drawn, _ = self.decode(embeddings, *self.embed_prompts(None, len(embeddings)))
+        if prompts is not None:
+            sparse, dense = self.embed_prompts(prompts, len(embeddings))
+            masks, iou = self.decode(embeddings, sparse, dense, prompts.image_index, self.prompt_decoder)
+        return Answer(drawn, masks, iou)
+
+    def forward(
+        self,
+        images: Tensor | None,
+        prompts: Prompts | None = None,
+        embeddings: Tensor | None = None,
+        details: bool = False,
+    ) -> Tensor | Answer:
+        """Low-resolution logits of a batch.
+
+        images: (B, 3, S, S) in 0..1, or as many channels as the input stem takes; None where their `embeddings` are
+        given. Without prompts every mask token's mask: (B, num_masks, S/4, S/4). With prompts one mask per prompt
+        (mask token 0, SAM's single-mask output): (P, 1, S/4, S/4). details: an `Answer` instead, with everything a
+        system that answers with and without prompts has. Raises InputError for images of another size.
+        """
+        embeddings = self.encode(images) if embeddings is None else embeddings
+        if details:
+            return self.answer(embeddings, prompts, classes=prompts is None or self.prompt_decoder is not None)
+        answer = self.answer(embeddings, prompts, classes=prompts is None)
+        return answer.classes if prompts is None else answer.masks[:, :1]
+
+
+def build_decoder(num_masks: int) -> MaskDecoder:
+    """A mask decoder with random weights and `num_masks` mask tokens."""
+    return MaskDecoder(
+        num_multimask_outputs=num_masks - 1,
+        transformer=TwoWayTransformer(depth=2, embedding_dim=EMBED, mlp_dim=2048, num_heads=8),
+        transformer_dim=EMBED,
+    )
 
 
 def usual_size(variant: str) -> int:

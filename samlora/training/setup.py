@@ -120,10 +120,10 @@ def _recipe(config: TrainConfig) -> Recipe | None:
 def load_system(config: TrainConfig, data: Data) -> nn.Module:
     """Builds the system on its base, and gives it the weights of --lora_ckpt if there is one."""
     system = named_system(config.system, config.module) or "samed"
-    if not system_row(system).semantic:
+    if system_row(system).objective != "classes":
         raise InputError(
             f"--system {system} learns from prompts, train.py from label maps; choose one of "
-            f"{', '.join(n for n, r in SYSTEMS.items() if r.semantic)}"
+            f"{', '.join(n for n, r in SYSTEMS.items() if r.objective == "classes")}"
         )
     if config.vit_name is not None and config.vit_name not in VARIANTS:
         raise InputError(f"--vit_name {config.vit_name} is unknown; allowed: {', '.join(VARIANTS)}")

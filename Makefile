@@ -16,8 +16,9 @@ setup: $(READY)
 demo: $(READY)
 	$(BIN)/samlora demo
 
+# Two processes of one thread each: most tests wait for Python, not for the matrix product.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak

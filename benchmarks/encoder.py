@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 import torch
 from plain import plain_copy, random_system
-from timing import heading, interleave, matmul_peak, options, ratios, write_record
+from timing import Products, heading, interleave, options, ratios, write_record
 from torch.utils.flop_counter import FlopCounterMode
 
 import samlora
+from samlora.model.sam import PATCH, VARIANTS
 
 BASELINE = "stock fp32"
 
@@ -49,21 +50,19 @@ def measure(variant: str, size: int, batch: int, repeats: int, device: torch.dev
     expected, same, rounded = (variants[name]().float() for name in (BASELINE, "samlora fp32", "samlora bf16"))
     torch.testing.assert_close(same, expected, atol=1e-4, rtol=0)
     operations = {}
-    for name in (BASELINE, "samlora fp32"):
+    for name in (BASELINE, "samlora fp32", "samlora bf16"):
         with FlopCounterMode(display=False) as counter:
             variants[name]()
         operations[name] = counter.get_total_flops()
-    seconds = interleave(variants, repeats)
+    products = Products(device, batch * (size // PATCH) ** 2, VARIANTS[variant].width)
+    seconds = interleave(variants, repeats, between=products)
     return {
         "equality": {
             "largest_difference_fp32": (same - expected).abs().max().item(),
             "relative_error_bf16": ((rounded - expected).norm() / expected.norm()).item(),
         },
         "operations": operations,
-        "matmul_operations_per_second": {
-            "fp32": matmul_peak(device, torch.float32),
-            "bf16": matmul_peak(device, torch.bfloat16),
-        },
+        "product_operations_per_second": products.rates(),
         "seconds": seconds,
         "times_as_fast_as_stock_fp32": ratios(seconds, BASELINE),
     }

@@ -21,7 +21,8 @@ from timing import heading, interleave, options, ratios, write_record
 from torch import Tensor
 
 from samlora.data.arrays import write_slice
-from samlora.data.augment import make_batch, sample_transform
+from samlora.data.augment import sample_transform
+from samlora.data.batch import make_batch
 from samlora.data.cache import SliceCache
 from samlora.data.dataset import SliceDataset, find_slices
 

@@ -122,9 +122,24 @@ def load_sample(path: Path, transform: Transform, side: int) -> tuple[Tensor, Te
 
 
 def samed_measures(prediction: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """SAMed's calculate_metric_percase for two masks that are not empty (utils.py)."""
+    """SAMed's calculate_metric_percase: Dice and HD95 in voxels of two masks (utils.py)."""
     prediction, reference = prediction.copy(), reference.copy()
     prediction[prediction > 0] = 1
     reference[reference > 0] = 1
-    assert prediction.sum() > 0 and reference.sum() > 0
-    return binary.dc(prediction, reference), binary.hd95(prediction, reference)
+    if prediction.sum() > 0 and reference.sum() > 0:
+        return binary.dc(prediction, reference), binary.hd95(prediction, reference)
+    return (1, 0) if prediction.sum() > 0 else (0, 0)
+
+
+@torch.no_grad()
+def predict_slice(model: PlainSam, image: np.ndarray, input_size: int) -> np.ndarray:
+    """The labels of one slice (H, W), as SAMed's test_single_volume finds them (utils.py)."""
+    shape, side = image.shape, model.image_size
+    for target in (input_size, side):
+        if image.shape != (target, target):
+            image = ndimage.zoom(image, (target / image.shape[0], target / image.shape[1]), order=3)
+    inputs = torch.from_numpy(image)[None, None].float().repeat(1, 3, 1, 1)
+    labels = torch.argmax(torch.softmax(model(inputs)[1], dim=1), dim=1).squeeze(0).numpy()
+    if labels.shape != shape:
+        labels = ndimage.zoom(labels, (shape[0] / side, shape[1] / side), order=0)
+    return labels

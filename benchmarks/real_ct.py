@@ -86,9 +86,7 @@ def adapt(data: Path, folder: Path, ckpt: str | None, steps: int) -> dict:
     return {
         "dice_of_organs_there": float(np.mean(there)),
         "dice_of_all": summary["overall"]["dice"]["mean"],
-        "dice_per_organ": {
-            organs[label - 1]: figures["dice"]["mean"] for label, figures in summary["classes"].items()
-        },
+        "dice_per_organ": {organs[label - 1]: figures["dice"]["mean"] for label, figures in summary["classes"].items()},
         "train_seconds": round(trained - began, 1),
         "test_seconds": round(time.perf_counter() - trained, 1),
         "steps": steps,
@@ -97,9 +95,7 @@ def adapt(data: Path, folder: Path, ckpt: str | None, steps: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--data", type=Path, default=os.environ.get("SAMLORA_DATA") or ROOT.parent / "shared" / "data"
-    )
+    parser.add_argument("--data", type=Path, default=os.environ.get("SAMLORA_DATA") or ROOT.parent / "shared" / "data")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument(
         "--folder",

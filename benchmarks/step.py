@@ -1,34 +1,31 @@
-"""A training step (forward, SAMed's loss, backward, AdamW) and its peak memory: samlora against stock segment_anything.
+"""A training step (forward, SAMed's loss, backward, AdamW): samlora against stock segment_anything.
 
 ViT-B, 512 px, LoRA of rank 4, eight classes, the same random weights and images. In fp32 the losses of two steps must
-agree to 1e-5 before anything is timed; how far bfloat16 moves them is recorded. Peak memory is that of a fresh process
-per variant that takes two steps.
+agree to 1e-5 before anything is timed; how far bfloat16 moves them is recorded. memory.py takes the peak memory.
 
     python benchmarks/step.py [--batch 2] [--device cuda --batch 12]       (CPU, batch 2: five to ten minutes)
 
 Writes benchmarks/results/step.json.
 """
 
-import ctypes
-import gc
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from plain import dice_ce as plain_loss
 from plain import plain_copy, random_system
-from timing import heading, interleave, matmul_peak, options, ratios, write_record
+from timing import Products, heading, interleave, options, ratios, write_record
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from samlora.device import peak_memory
+from samlora.model.sam import PATCH
+from samlora.model.sam import VARIANTS as ENCODERS
 from samlora.training.config import TrainConfig
 from samlora.training.losses import dice_ce
 from samlora.training.setup import make_optimizer
 
 BASELINE = "stock fp32"
-VARIANTS = (BASELINE, "samlora fp32", "samlora bf16")
+CHECKPOINTING = ("samlora fp32 checkpointing", "samlora bf16 checkpointing")
+VARIANTS = (BASELINE, "samlora fp32", "samlora bf16", *CHECKPOINTING)
 GPU_VARIANTS = (*VARIANTS, "stock amp tf32 compiled", "samlora bf16 compiled")
 CLASSES = 8
 
@@ -41,6 +38,7 @@ def make_step(name: str, variant: str, size: int, batch: int, device: torch.devi
     ours = random_system(variant, size, CLASSES)
     stock = name.startswith("stock")
     model = (plain_copy(ours) if stock else ours).to(device).train()
+    model.image_encoder.checkpointing = "checkpointing" in name  # stock has no such switch and no name that asks for it
     if stock:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1)
@@ -68,79 +66,43 @@ def measure(variant: str, size: int, batch: int, repeats: int, device: torch.dev
     names = GPU_VARIANTS if device.type == "cuda" else VARIANTS
     steps = {name: make_step(name, variant, size, batch, device) for name in names}
     losses = {name: [step().item() for _ in range(2)] for name, step in steps.items()}
-    torch.testing.assert_close(losses["samlora fp32"], losses[BASELINE], atol=1e-5, rtol=0)
-    seconds = interleave(steps, repeats, warm_up=0)  # two steps were taken above
+    for name in ("samlora fp32", "samlora fp32 checkpointing"):
+        torch.testing.assert_close(losses[name], losses[BASELINE], atol=1e-5, rtol=0)
+    products = Products(device, batch * (size // PATCH) ** 2, ENCODERS[variant].width)
+    seconds = interleave(steps, repeats, warm_up=0, between=products)  # two steps were taken above
     operations = {}
-    for name in (BASELINE, "samlora fp32", "samlora bf16"):
+    for name in VARIANTS:
         with FlopCounterMode(display=False) as counter:
             steps[name]()
         operations[name] = counter.get_total_flops()
     return {
         "losses_of_two_steps": losses,
         "operations": operations,
-        "matmul_operations_per_second": {
-            "fp32": matmul_peak(device, torch.float32),
-            "bf16": matmul_peak(device, torch.bfloat16),
-        },
+        "product_operations_per_second": products.rates(),
         "seconds": seconds,
         "times_as_fast_as_stock_fp32": ratios(seconds, BASELINE),
     }
-
-
-def memory(names: Sequence[str], variant: str, size: int, batch: int, device: torch.device) -> dict:
-    """Bytes at the peak of two steps, each variant in a process of its own: resident size, or the GPU's allocator."""
-    peaks = {}
-    for name in names:
-        options_ = {"--variant": variant, "--size": size, "--batch": batch, "--device": device, "--peak-of": name}
-        flags = [str(part) for pair in options_.items() for part in pair]
-        answer = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
-        peaks[name] = int(answer.stdout.splitlines()[-1])
-    return {name: {"bytes": peak, "by_stock": round(peak / peaks[BASELINE], 3)} for name, peak in peaks.items()}
-
-
-def peak_of(name: str, variant: str, size: int, batch: int, device: torch.device) -> int:
-    """Bytes at the peak of two steps of this process."""
-    step = make_step(name, variant, size, batch, device)
-    release_memory()  # stock was copied from a model that is gone by now
-    for _ in range(2):
-        step()
-    return peak_memory(device)
-
-
-def release_memory() -> None:
-    """Gives what the allocator holds without need back to the system, where the C library can (Linux)."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__, "step")
     parser.add_argument("--variant", default="vit_b")
     parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=2, help="the target names 12: about 30 GB in stock fp32")
+    parser.add_argument("--batch", type=int, default=2, help="the target names 12")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--peak-of", choices=GPU_VARIANTS, help="only print the peak memory of this variant, in bytes")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     size = args.variant, args.size, args.batch
-    if args.peak_of:
-        print(peak_of(args.peak_of, *size, device))
-        return
     config = {name: getattr(args, name) for name in ("variant", "size", "batch", "repeats")}
     config |= {"rank": 4, "classes": CLASSES, "threads": torch.get_num_threads()}
     what = "seconds of a training step, variants in turn in one process; fp32 losses equal to 1e-5 (asserted)"
     record = heading(what, device, config)
-    # First, while this process is small: a child's peak is never below its parent's at the time of starting it.
-    record["peak_memory"] = memory(GPU_VARIANTS if device.type == "cuda" else VARIANTS, *size, device)
     record |= measure(*size, args.repeats, device)
     write_record(record, args.output)
     for name, times in record["seconds"].items():
         ratio = record["times_as_fast_as_stock_fp32"].get(name, {"median": 1.0})
-        peak = record["peak_memory"][name]["bytes"] / 2**30
-        print(f"{name}: {times['median']:.3f} s, {ratio['median']} times as fast as stock fp32, peak {peak:.2f} GiB")
+        print(f"{name}: {times['median']:.3f} s, {ratio['median']} times as fast as stock fp32")
 
 
 if __name__ == "__main__":

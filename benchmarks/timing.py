@@ -34,11 +34,21 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, dict]:
-    """Seconds of each variant, called in turn `repeats` times after `warm_up` rounds that do not count."""
+def interleave(
+    variants: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warm_up: int = 1,
+    between: Callable[[], object] | None = None,
+) -> dict[str, dict]:
+    """Seconds of each variant, called in turn `repeats` times after `warm_up` rounds that do not count.
+
+    between: called before each variant, outside its time.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warm_up + repeats):
         for name, function in variants.items():
+            if between is not None:
+                between()
             took, _ = timed(function)
             if turn >= warm_up:
                 seconds[name].append(took)
@@ -59,11 +69,27 @@ def ratios(seconds: Mapping[str, dict], baseline: str) -> dict[str, dict[str, fl
     }
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
-    """Operations per second of the largest product a step is made of: 4096 x 768 by 768 x 3072, best of `repeats`."""
-    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((4096, 768), (768, 3072)))
-    best = min(timed(torch.matmul, a, b)[0] for _ in range(repeats + 1))
-    return 2 * 4096 * 768 * 3072 / best
+class Products:
+    """The largest product of a block of the encoder, rows x width by width x 4 width, and the best rate it was made at.
+
+    A busy machine slows it as it slows what is measured, so it is called in turn with the variants.
+    """
+
+    def __init__(self, device: torch.device, rows: int, width: int):
+        self.operations = 2 * rows * width * 4 * width
+        self.factors = {
+            name: [torch.randn(shape, device=device).to(dtype) for shape in ((rows, width), (width, 4 * width))]
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        }
+        self.best = dict.fromkeys(self.factors, float("inf"))
+
+    def __call__(self) -> None:
+        for name, factors in self.factors.items():
+            self.best[name] = min([self.best[name], *(timed(torch.matmul, *factors)[0] for _ in range(5))])
+
+    def rates(self) -> dict[str, float]:
+        """Operations per second by number format."""
+        return {name: self.operations / seconds for name, seconds in self.best.items()}
 
 
 def device_text(device: torch.device) -> str:
@@ -89,9 +115,7 @@ def options(description: str, name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def heading(
-    what: str, device: torch.device, config: Mapping[str, object], packages: Sequence[str] = PACKAGES
-) -> dict:
+def heading(what: str, device: torch.device, config: Mapping[str, object], packages: Sequence[str] = PACKAGES) -> dict:
     """The beginning of a record: what, where, with which versions, commit and options. Call it before measuring."""
     return {
         "what": what,

@@ -13,6 +13,7 @@ _PUBLIC = {
     "load_model": "samlora.model.methods",
     "save_adapter": "samlora.model.checkpoint",
     "predict_volume": "samlora.inference.predict",
+    "Predictor": "samlora.inference.predictor",
     "evaluate": "samlora.evaluation.metrics",
 }
 __all__ = sorted(_PUBLIC)

@@ -18,6 +18,8 @@ Options = TypeVar("Options")
 def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
     """A field of an options class: its default, its help text and, if it is one of a few, the choices."""
     meta = {"help": help, "choices": tuple(choices) if choices else None}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -26,13 +28,16 @@ def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         kind, is_list, _ = _kind(hints[field.name])
-        shown = "" if field.default is None or field.default == () else f" (default: {field.default})"
+        plain = field.default is None or field.default == () or kind is dict
+        shown = "" if plain else f" (default: {field.default})"
         settings: dict[str, Any] = {
             "default": argparse.SUPPRESS,
             "help": (field.metadata["help"] + shown).replace("%", "%%"),
         }
         if hints[field.name] == bool | str:  # a switch that may name what it is about
             settings |= {"nargs": "?", "const": True, "metavar": "FOLDER"}
+        elif kind is dict:
+            settings |= {"nargs": "+", "metavar": "NAME=VALUE"}
         elif kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
@@ -107,6 +112,8 @@ def _kind(hint: Any) -> tuple[type, bool, bool]:
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True, optional
+    if typing.get_origin(hint) is dict:
+        return dict, False, optional
     return hint, False, optional
 
 
@@ -116,10 +123,28 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     kind, is_list, optional = _kind(hint)
     if value is None and optional:
         return None
+    if kind is dict:
+        return _pairs(value, where)
     if is_list:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_scalar(item, kind, where) for item in items)
     return _scalar(value, kind, where)
+
+
+def _pairs(value: Any, where: str) -> dict[str, Any]:
+    """A mapping, or texts NAME=VALUE as flags give them, whose values are read as YAML reads them; a,b is a list."""
+    import yaml
+
+    if isinstance(value, Mapping):
+        return dict(value)
+    found = {}
+    for text in value if isinstance(value, list | tuple) else [value]:
+        name, equals, content = str(text).partition("=")
+        if not (name and equals):
+            raise InputError(f"{where} {text}: is not of the form NAME=VALUE")
+        read = [yaml.safe_load(part) for part in content.split(",")]
+        found[name] = read if len(read) > 1 else read[0]
+    return found
 
 
 def _scalar(value: Any, kind: type, where: str) -> Any:

@@ -7,13 +7,13 @@ from scipy import ndimage
 
 from samlora.data.augment import (
     Transform,
-    make_batch,
     nearest_index,
     resize_image,
     resize_label,
     sample_transform,
     zoom_matrix,
 )
+from samlora.data.batch import make_batch
 
 SIZES = [
     (224, 512),

@@ -20,6 +20,7 @@ from samlora.training import loop
 from samlora.training.average import Average
 from samlora.training.config import TrainConfig
 from samlora.training.loop import optimizer_step, train
+from samlora.training.objectives import make_objective
 from samlora.training.schedule import learning_rate
 from samlora.training.setup import make_fabric
 
@@ -113,7 +114,7 @@ def test_clipping_bounds_the_step_and_leaves_short_gradients_alone(base):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         wrapped, optimizer = fabric.setup(model, optimizer)
         before = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
-        row = optimizer_step(fabric, wrapped, optimizer, samples, 64, 0.8, clip_norm)
+        row = optimizer_step(fabric, wrapped, optimizer, samples, make_objective(TrainConfig(), model), clip_norm)
         after = adapter_tensors(model)
         # By SGD at rate 1 the weights move by the gradient.
         return sum((after[n] - before[n]).square().sum().item() for n in before) ** 0.5, row

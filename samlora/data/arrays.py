@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,20 +92,39 @@ def write_medsam(
         np.savez_compressed(temporary, **arrays)
 
 
-def read_slice(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+def read_slice(path: str | os.PathLike, index: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Reads a training slice (.npz with `image`, `label`): image (H, W) or (H, W, C) float32, label (H, W) integer.
 
-    Raises MissingFileError, or InputError if it is no such archive or its arrays do not fit together.
+    index: the slice of a stack in MedSAM's format (`imgs`, `gts`), whose 0..255 becomes 0..1. Raises
+    MissingFileError, or InputError if it is no such archive or its arrays do not fit together.
     """
-    path = Path(path)
+    path, names = Path(path), {"image": "image", "label": "label"}
+    if index is not None:
+        names = {"imgs": "image", "gts": "label"}
     with reading(path, "npz archive"):
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("a single array")
         with archive:
-            arrays = {key: archive[key] for key in ("image", "label") if key in archive}
+            arrays = {name: archive[key] for key, name in names.items() if key in archive}
             found = " ".join(archive.files)
+    if index is not None and len(arrays) == 2:
+        if min(map(len, arrays.values())) <= index:
+            raise InputError(f"{path}: holds {min(map(len, arrays.values()))} slices, number {index} was asked for")
+        arrays = {"image": arrays["image"][index].astype(np.float32) / 255, "label": arrays["label"][index]}
     return _checked(arrays, found, 2, path)
+
+
+def stack_length(path: str | os.PathLike) -> int | None:
+    """Slices of a file in MedSAM's format, from its header alone; None for any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("imgs.npy") as member:
+            version = np.lib.format.read_magic(member)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, _ = read(member)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return None  # whoever reads it says what is wrong with it
+    return shape[0] if len(shape) >= 3 else None
 
 
 def write_slice(path: str | os.PathLike, image: np.ndarray, label: np.ndarray) -> None:

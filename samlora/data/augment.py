@@ -6,7 +6,6 @@ one gather. That includes a habit of scipy: where rounding carries the last posi
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +71,7 @@ def sample_transform(generator: np.random.Generator) -> Transform:
 
 
 @functools.lru_cache(maxsize=128)
-def _rotation(height: int, width: int, angle: int) -> tuple[np.ndarray, np.ndarray]:
+def rotation(height: int, width: int, angle: int) -> tuple[np.ndarray, np.ndarray]:
     """Source of each pixel of scipy.ndimage.rotate(order=0, reshape=False), and where that fills in 0.
 
     Flat positions (H, W) int64 and a mask (H, W).
@@ -86,47 +85,3 @@ def _rotation(height: int, width: int, angle: int) -> tuple[np.ndarray, np.ndarr
     outside = ((place < 0) | (place > last)).any(axis=-1)
     row, col = np.moveaxis(np.clip(np.floor(place + 0.5).astype(np.int64), 0, last), -1, 0)
     return row * width + col, outside
-
-
-def make_batch(images: Sequence, labels: Sequence, transforms: Sequence[Transform], side: int, device):
-    """Augments and resizes samples of any size to one batch.
-
-    images: tensors (H, W) or (C, H, W) float32, all with as many channels. labels: tensors (H, W) uint8. side: S, the
-    model's image size. Returns images (B, C, S, S) float32, one gray channel as three equal ones, and labels
-    (B, S/4, S/4) int64 on `device`; labels are zoomed to S and then to S/4, as SAMed does.
-    """
-    import torch
-
-    low = side // 4
-    channels = 1 if images[0].ndim == 2 else len(images[0])
-    batch = torch.empty(len(images), channels, side, side, device=device)
-    targets = torch.empty(len(images), low, low, dtype=torch.int64, device=device)
-    for i, (image, label, transform) in enumerate(zip(images, labels, transforms)):
-        image, label = (_transformed(x.to(device, non_blocking=True), transform) for x in (image, label))
-        height, width = label.shape
-        if (height, width) == (side, side):
-            batch[i] = image
-        else:
-            rows, cols = (torch.from_numpy(zoom_matrix(n, side).astype(np.float32)).to(device) for n in (height, width))
-            batch[i] = rows @ image @ cols.T
-        positions = []
-        for size in (height, width):
-            to_side, to_low = nearest_index(size, side), nearest_index(side, low)
-            positions.append(torch.from_numpy(np.where(to_low < 0, -1, to_side[to_low])).to(device))
-        target = label[positions[0][:, None], positions[1]].long()
-        target[positions[0] < 0, :] = 0
-        target[:, positions[1] < 0] = 0
-        targets[i] = target
-    return batch if channels > 1 else batch.expand(-1, 3, -1, -1), targets
-
-
-def _transformed(x, transform: Transform):
-    """One tensor (..., H, W) after its transform."""
-    import torch
-
-    if transform.angle:
-        source, outside = _rotation(*x.shape[-2:], transform.angle)
-        turned = x.flatten(-2)[..., torch.from_numpy(source).to(x.device)]
-        return turned.masked_fill(torch.from_numpy(outside).to(x.device), 0)
-    x = torch.rot90(x, transform.quarter_turns, (-2, -1))
-    return x if transform.flip_axis is None else x.flip(transform.flip_axis - 2)

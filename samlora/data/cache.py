@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from samlora.data.dataset import SliceFile, fingerprint
-from samlora.data.volume import read_slice
 from samlora.files import whole
 
 _FORMAT = 1
@@ -66,7 +65,7 @@ class SliceCache:
         with whole(self._path("images")) as images, whole(self._path("labels")) as labels:
             with open(images, "wb") as image_file, open(labels, "wb") as label_file:
                 for item in tqdm(slices, "decoding slices once", unit="slice", disable=None):
-                    image, label = read_slice(item.path)
+                    image, label = item.read()
                     image_file.write(np.ascontiguousarray(image, np.float32))
                     label_file.write(np.ascontiguousarray(label, np.uint8))
                     shapes.append(image.shape)

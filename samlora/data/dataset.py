@@ -12,30 +12,39 @@ import numpy as np
 
 from samlora.data.augment import Transform, sample_transform
 from samlora.data.grid import Geometry
-from samlora.data.volume import read_slice
+from samlora.data.volume import read_slice, stack_length
 from samlora.errors import InputError, MissingFileError
 
 
 @dataclass(frozen=True)
 class SliceFile:
-    """One training slice: its path, and the case (patient) it was cut from."""
+    """One training slice: its path, the case it was cut from, and, in a stack of MedSAM's format, its number."""
 
     path: Path
     case: str
+    index: int | None = None
 
     @property
     def name(self) -> str:
-        return self.path.stem
+        return self.path.stem if self.index is None else f"{self.path.stem}_slice{self.index:03d}"
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Image (H, W) or (H, W, C) float32 and label (H, W) integer; InputError where it cannot be read."""
+        return read_slice(self.path, self.index)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A slice from disk, and what is to be done to it. image (H, W) or (C, H, W) float32, label (H, W) uint8."""
+    """A slice from disk, and what is to be done to it. image (H, W) or (C, H, W) float32, label (H, W) uint8.
+
+    key: (epoch, index), on which all that is random about it depends.
+    """
 
     name: str
     image: np.ndarray
     label: np.ndarray
     transform: Transform
+    key: tuple[int, int] = (0, 0)
 
 
 def data_folder(root: str | Path, inner: str, flag: str) -> Path:
@@ -78,11 +87,19 @@ def _listed(folder: Path, list_dir: str | Path | None, list_name: str, ending: s
 def find_slices(root: str | Path, list_dir: str | Path | None = None) -> list[SliceFile]:
     """The training slices below `root` (in train_npz/ or itself), or those that list_dir/train.txt names.
 
-    The case of `case0005_slice000.npz` is case0005; a name without `_slice` is its own case.
-    Raises MissingFileError or InputError when there are none.
+    The case of `case0005_slice000.npz` is case0005; a name without `_slice` is its own case, and so is a file in
+    MedSAM's format (`imgs`, `gts`), of which every slice is taken. Raises MissingFileError or InputError when there are
+    none.
     """
     paths = _listed(data_folder(root, "train_npz", "--root_path"), list_dir, "train.txt", ".npz", "training slices")
-    return [SliceFile(path, path.stem.rsplit("_slice", 1)[0]) for path in paths]
+    found = []
+    for path in paths:
+        length = stack_length(path)
+        if length is None:
+            found.append(SliceFile(path, path.stem.rsplit("_slice", 1)[0]))
+        else:
+            found += [SliceFile(path, path.stem, index) for index in range(length)]
+    return found
 
 
 def read_geometry(root: str | Path, case: str) -> Geometry | None:
@@ -121,7 +138,7 @@ def check_slices(slices: Sequence[SliceFile], num_classes: int, threads: int = 4
     """
 
     def read(item: SliceFile) -> tuple[np.ndarray, float, float, int]:
-        image, label = read_slice(item.path)
+        image, label = item.read()
         low, high = int(label.min()), int(label.max())
         if low < 0 or high > num_classes:
             outside = [int(v) for v in np.unique(label) if v < 0 or v > num_classes]
@@ -225,13 +242,13 @@ class SliceDataset:
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         item = self.slices[index]
-        image, label = read_slice(item.path) if self.decoded is None else self.decoded[index]
+        image, label = item.read() if self.decoded is None else self.decoded[index]
         if image.ndim == 3:  # files hold channels last, as pictures do
             image = np.ascontiguousarray(np.moveaxis(image, -1, 0))
         transform = Transform()
         if self.augment:
             transform = sample_transform(np.random.default_rng([self.seed, 2, epoch, index]))
-        return Sample(item.name, image, label.astype(np.uint8), transform)
+        return Sample(item.name, image, label.astype(np.uint8), transform, key)
 
 
 class Batches:

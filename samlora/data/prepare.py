@@ -31,7 +31,7 @@ from samlora.data.sources import label_values, read_image, read_label, resolve_c
 from samlora.data.volume import write_case, write_medsam, write_slice
 from samlora.errors import InputError
 from samlora.files import identity, whole
-from samlora.processes import each, worker_count
+from samlora.processes import Team, each, team, worker_count
 
 
 @dataclasses.dataclass
@@ -111,38 +111,50 @@ def prepare(
     workers: processes, by default one per core and 8 at most; a script that calls this with more than one needs
     `if __name__ == "__main__":`, as with all of multiprocessing. Cases that are there, made from the same files
     with the same recipe, are kept. overwrite: makes all of them again and removes cases that `source` does not
-    have. Raises InputError or MissingFileError naming the file that cannot be used.
+    have. Processes that torchrun started, on one or several machines, share the cases and return the same; the first
+    writes what is about all. Raises InputError or MissingFileError naming the file that cannot be used.
     """
-    destination = Path(destination)
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    if size is not None:
-        recipe = dataclasses.replace(recipe, size=size)
-    if destination.exists() and not destination.is_dir():
-        raise InputError(f"{destination}: is a file; give a folder for the prepared data")
-    layout = find_pairs(source)
-    pairs = wanted(layout.pairs, recipe)
-    workers = worker_count(workers, len(pairs))
-    test, warnings = _test_cases(pairs, recipe, test_cases, test_fraction)
-    recipe = _with_classes(recipe, layout, pairs, workers)
-    # The split belongs to the data set as a whole: changing it must not make every case anew.
-    part = dataclasses.replace(recipe, test_cases=())
-    jobs = [_Job(p, "test" if p.name in test else "train", part, destination, series, medsam) for p in pairs]
-    _claim(destination, {pair.name for pair in pairs}, overwrite)
-    records = {} if overwrite else {job.pair.name: r for job in jobs if (r := _done(job)) is not None}
-    skipped = len(records)
-    pending = [job for job in jobs if job.pair.name not in records]
+    with team() as processes:
+        destination = Path(destination)
+        recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        if size is not None:
+            recipe = dataclasses.replace(recipe, size=size)
+        if destination.exists() and not destination.is_dir():
+            raise InputError(f"{destination}: is a file; give a folder for the prepared data")
+        layout = find_pairs(source)
+        pairs = wanted(layout.pairs, recipe)
+        workers = worker_count(workers, len(processes.share(pairs)))
+        test, warnings = _test_cases(pairs, recipe, test_cases, test_fraction)
+        recipe = _with_classes(recipe, layout, pairs, workers, processes)
+        # The split belongs to the data set as a whole: changing it must not make every case anew.
+        part = dataclasses.replace(recipe, test_cases=())
+        jobs = [_Job(p, "test" if p.name in test else "train", part, destination, series, medsam) for p in pairs]
+        # One looks and clears: what the others find depends on when they come.
+        processes.first(lambda: _claim(destination, {pair.name for pair in pairs}, overwrite))
+        shares = processes.gather(lambda: _prepare_cases(processes.share(jobs), destination, workers, overwrite))
+        records = {r["name"]: r for made, _ in shares for r in made}
+        ordered, skipped = [records[job.pair.name] for job in jobs], sum(kept for _, kept in shares)
+        used = dataclasses.replace(recipe, test_cases=tuple(sorted(test)))
+        processes.first(lambda: _write_lists(destination, used, ordered))
+        return Summary(destination, used, ordered, skipped, layout.notes + warnings + _remarks(used, ordered))
+
+
+def _prepare_cases(jobs: Sequence[_Job], destination: Path, workers: int, overwrite: bool) -> tuple[list[dict], int]:
+    """The records of cases that are there or made now, and how many were there."""
+    records = [] if overwrite else [r for job in jobs if (r := _done(job)) is not None]
+    kept = {r["name"] for r in records}
+    pending = [job for job in jobs if job.pair.name not in kept]
     if pending:  # a run that stops half-way must not leave the recipe and lists of an earlier one
         for old in ("recipe.yaml", "lists/train.txt", "lists/test_vol.txt"):
             (destination / old).unlink(missing_ok=True)
-    records |= {r["name"]: r for r in each(_prepare_case, pending, workers, "preparing")}
-    ordered = [records[job.pair.name] for job in jobs]
+    return records + each(_prepare_case, pending, workers, "preparing"), len(records)
 
-    train = [name for r in ordered if r["split"] == "train" for name in _slices(r)]
+
+def _write_lists(destination: Path, recipe: Recipe, records: Sequence[dict]) -> None:
+    train = [name for r in records if r["split"] == "train" for name in _slices(r)]
     _write_text(destination / "lists" / "train.txt", train)
-    _write_text(destination / "lists" / "test_vol.txt", [r["name"] for r in ordered if r["split"] == "test"])
-    used = dataclasses.replace(recipe, test_cases=tuple(sorted(test)))
-    _write_text(destination / "recipe.yaml", [yaml.safe_dump(used.to_dict(), sort_keys=False).rstrip()])
-    return Summary(destination, used, ordered, skipped, layout.notes + warnings + _remarks(used, ordered))
+    _write_text(destination / "lists" / "test_vol.txt", [r["name"] for r in records if r["split"] == "test"])
+    _write_text(destination / "recipe.yaml", [yaml.safe_dump(recipe.to_dict(), sort_keys=False).rstrip()])
 
 
 def _prepare_case(job: _Job) -> dict:
@@ -288,11 +300,12 @@ def _test_cases(
     return chosen, warnings
 
 
-def _with_classes(recipe: Recipe, layout: Layout, pairs: list[Pair], workers: int) -> Recipe:
+def _with_classes(recipe: Recipe, layout: Layout, pairs: list[Pair], workers: int, processes: Team) -> Recipe:
     """`recipe`, its classes taken from the data set where it has none."""
 
     def values(pairs: Sequence[Pair]) -> Iterable[dict[int | str, int]]:
-        return each(label_values, pairs, workers, "reading labels")
+        shares = processes.gather(lambda: each(label_values, processes.share(pairs), workers, "reading labels"))
+        return [shares[n % processes.count][n // processes.count] for n in range(len(pairs))]
 
     return resolve_classes(recipe, dataclasses.replace(layout, pairs=pairs), values)
 

@@ -28,6 +28,10 @@ PALETTE = (
     "#88CCEE", "#44AA99", "#999933", "#AA4499", "#882255", "#332288", "#DDCC77", "#117733",
 )  # fmt: skip
 
+_LOSSES = {  # how the parts of a loss are called
+    "loss_ce": "cross-entropy", "loss_dice": "Dice loss", "loss_bce": "cross-entropy", "loss_focal": "focal loss",
+    "loss_iou": "IoU error", "loss_prompted": "masks by prompts",
+}  # fmt: skip
 _INK, _MUTED, _GRID = "#1b1f24", "#5b6470", "#e3e6ea"  # text, secondary text, grid lines
 _FILL_OPACITY = 0.45
 
@@ -302,7 +306,7 @@ def _render(figure: "Figure", path: str | os.PathLike | None) -> np.ndarray:
 def curves(metrics_csv: str | os.PathLike, png: str | os.PathLike) -> None:
     """Draws a run's metrics.csv: loss (raw and smoothed), learning rate and validation Dice over the steps.
 
-    metrics_csv: columns step, epoch, lr, loss, loss_ce, loss_dice, val_dice; blanks where not measured. The
+    metrics_csv: columns step, epoch, lr, loss, its parts loss_*, val_dice; blanks where not measured. The
     loss axis is logarithmic where the smoothed loss spans more than a factor of ten. Writes a PNG; raises
     MissingFileError or InputError where the file is absent, not such a table, or without a row.
     """
@@ -314,8 +318,9 @@ def curves(metrics_csv: str | os.PathLike, png: str | os.PathLike) -> None:
     losses, rate, dice = figure.subplots(1, 3, width_ratios=(1.5, 1, 1.2))
 
     lowest, highest = math.inf, 0.0
-    parts = ("loss", "loss", 4), ("loss_ce", "cross-entropy", 0), ("loss_dice", "Dice loss", 2)
-    for name, title, index in parts:
+    parts = [name for name in columns if name.startswith("loss")]
+    for name, index in zip(parts, (4, 0, 2, 6)):
+        title = _LOSSES.get(name, name)
         x, y = _measured(step, columns.get(name))
         if not y.size:
             continue

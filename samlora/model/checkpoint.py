@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -31,6 +32,7 @@ OFFICIAL_FILES = {
     "vit_l": "sam_vit_l_0b3195.pth",
     "vit_h": "sam_vit_h_4b8939.pth",
 }
+MOBILE_FILE = "mobile_sam.pt"
 DEMO_FILE = "sam_vit_ti_demo.safetensors"
 
 
@@ -78,7 +80,7 @@ def find_base(variant: str) -> Path:
 
     Raises MissingFileError, with the command that fetches it, when the file is in neither.
     """
-    name = DEMO_FILE if variant == "vit_ti" else OFFICIAL_FILES[variant]
+    name = {"vit_ti": DEMO_FILE, "vit_t": MOBILE_FILE}.get(variant) or OFFICIAL_FILES[variant]
     for folder in (Path("checkpoints"), shipped("checkpoints")):
         if (folder / name).is_file():
             return folder / name
@@ -86,6 +88,8 @@ def find_base(variant: str) -> Path:
         raise MissingFileError(
             f"the demo base {name} is missing from samlora's checkpoints folder; install samlora again"
         )
+    if variant == "vit_t":
+        raise MissingFileError(f"no base weights at checkpoints/{name}; take that file from MobileSAM's repository")
     raise MissingFileError(f"no base weights at checkpoints/{name}; fetch them with: samlora download {variant}")
 
 
@@ -104,26 +108,32 @@ def check_official(path: Path) -> str:
 def recognise_variant(state: dict[str, Tensor], path: str | os.PathLike) -> str:
     """The key of VARIANTS whose width the patch embedding has. Raises InputError when there is none."""
     patches = state.get("image_encoder.patch_embed.proj.weight")
+    if "image_encoder.patch_embed.seq.0.c.weight" in state:
+        return "vit_t"
     for name, variant in VARIANTS.items():
         if patches is not None and patches.shape == (variant.width, 3, PATCH, PATCH):
             return name
-    known = ", ".join(f"{name} ({v.width} wide)" for name, v in VARIANTS.items())
+    known = ", ".join(f"{name} ({v.width} wide)" for name, v in VARIANTS.items() if not v.tiny)
     found = (
         "no image_encoder.patch_embed.proj.weight" if patches is None else f"a patch embedding {tuple(patches.shape)}"
     )
     raise InputError(f"{path}: is not a SAM checkpoint: it has {found}; known variants: {known}")
 
 
-def load_base(
-    path: str | os.PathLike, variant: str | None, image_size: int | None, num_masks: int | None
-) -> tuple[Sam, str]:
-    """Builds a SAM and fills it from a base checkpoint; returns it with the file's SHA-256.
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A base file that was opened: its tensors, float32, which all models built on it share (`load_base`)."""
 
-    variant: None to take what the file holds. image_size: None for `usual_size`; position tables are
-    resized to it. num_masks: mask tokens of a semantic decoder, whose CLASS_TENSORS then start fresh; None
-    keeps the file's decoder as it is. Parameters are float32.
-    Raises MissingFileError or InputError: no file, wrong hash, another variant, a tensor missing,
-    unexpected or of a wrong shape.
+    path: Path
+    sha256: str
+    variant: str
+    state: dict[str, Tensor]
+
+
+def open_base(path: str | os.PathLike, variant: str | None = None, device: torch.device | str = "cpu") -> Base:
+    """Reads and verifies a base checkpoint. variant: None to take what the file holds.
+
+    Raises MissingFileError or InputError: no file, wrong hash, another variant.
     """
     path = Path(path)
     if not path.is_file():
@@ -138,14 +148,40 @@ def load_base(
             f"{path}: holds a {found} base, but {variant} was asked for; give the file of {variant} "
             f"or --vit_name {found}"
         )
+    return Base(path, sha256, found, {name: tensor.to(device).float() for name, tensor in state.items()})
+
+
+def load_base(
+    path: str | os.PathLike | Base, variant: str | None, image_size: int | None, num_masks: int | None
+) -> tuple[Sam, str]:
+    """Builds a SAM and fills it from a base checkpoint; returns it with the file's SHA-256.
+
+    path: a file, or a `Base`, whose tensors the model then shares instead of copying them (`unshare` what is to be
+    written). variant: None to take what the file holds. image_size: None for `usual_size`; position tables are
+    resized to it. num_masks: mask tokens of a semantic decoder, whose CLASS_TENSORS then start fresh; None
+    keeps the file's decoder as it is. Parameters are float32.
+    Raises MissingFileError or InputError: no file, wrong hash, another variant, a tensor missing,
+    unexpected or of a wrong shape.
+    """
+    base = path if isinstance(path, Base) else open_base(path, variant)
+    state, found = base.state, base.variant
+    if variant is not None and variant != found:
+        raise InputError(f"{base.path}: holds a {found} base, but {variant} was asked for; give the file of {variant}")
     image_size = image_size or usual_size(found)
     sam = build_sam(found, image_size, num_masks or len(state["mask_decoder.mask_tokens.weight"]))
-    _check_base(state, found, fresh_heads=num_masks is not None, path=path)
-    state = {name: tensor.float() for name, tensor in resize_positions(state, found, image_size).items()}
+    _check_base(state, found, fresh_heads=num_masks is not None, path=base.path)
+    state = resize_positions(state, found, image_size)
     if num_masks is not None:
         state = {name: tensor for name, tensor in state.items() if not is_class_tensor(name)}
-    sam.load_state_dict(state, strict=num_masks is None)
-    return sam, sha256
+    sam.load_state_dict(state, strict=num_masks is None, assign=base is path)
+    return sam, base.sha256
+
+
+def unshare(model: nn.Module, names: Iterable[str]) -> None:
+    """Gives the parameters `names` memory of their own, so that a `Base` does not change when they do."""
+    parameters = dict(model.named_parameters())
+    for name in parameters.keys() & set(names):
+        parameters[name].data = parameters[name].data.clone()
 
 
 def is_class_tensor(name: str) -> bool:
@@ -155,13 +191,16 @@ def is_class_tensor(name: str) -> bool:
 
 def _check_base(state: dict[str, Tensor], variant: str, fresh_heads: bool, path: Path) -> None:
     """Compares a base's names and shapes with what a SAM of its own image size holds."""
-    positions = state.get("image_encoder.pos_embed")
-    if positions is None or positions.ndim != 4:
-        raise InputError(
-            f"{path}: image_encoder.pos_embed is missing or not a (1, h, w, c) table; fetch the file again"
-        )
+    side = VARIANTS[variant].image_size  # nothing in a tiny encoder depends on it
+    if not VARIANTS[variant].tiny:
+        positions = state.get("image_encoder.pos_embed")
+        if positions is None or positions.ndim != 4:
+            raise InputError(
+                f"{path}: image_encoder.pos_embed is missing or not a (1, h, w, c) table; fetch the file again"
+            )
+        side = positions.shape[1] * PATCH
     masks = state.get("mask_decoder.mask_tokens.weight")
-    expected = state_shapes(variant, positions.shape[1] * PATCH, 4 if masks is None else len(masks))
+    expected = state_shapes(variant, side, 4 if masks is None else len(masks))
     compare_shapes(
         {n: t.shape for n, t in state.items() if not (fresh_heads and is_class_tensor(n))},
         {n: s for n, s in expected.items() if not (fresh_heads and is_class_tensor(n))},
@@ -178,6 +217,8 @@ def resize_positions(state: dict[str, Tensor], variant: str, image_size: int) ->
     """
     grid = image_size // PATCH
     resized = dict(state)
+    if VARIANTS[variant].tiny:
+        return resized
     name = "image_encoder.pos_embed"
     if state[name].shape[1] != grid:
         channels_first = state[name].float().permute(0, 3, 1, 2)
@@ -197,10 +238,16 @@ def resize_positions(state: dict[str, Tensor], variant: str, image_size: int) ->
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What trains in a model, LoRA factors under SAMed's names and the rest under its state dict's names."""
+    """What trains in a model, LoRA factors under SAMed's names and the rest under its state dict's names.
+
+    Statistics of batch normalisation whose weights train are learned too.
+    """
     short = {name: samed for samed, name in lora_names(model).items()}
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {short.get(name, name): parameter.detach() for name, parameter in trained.items()}
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{prefix}.weight" in trained:
+            trained |= {f"{prefix}.running_{what}": getattr(module, f"running_{what}") for what in ("mean", "var")}
+    return {short.get(name, name): tensor for name, tensor in trained.items()}
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:

@@ -1,14 +1,16 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on SAM's attention: inject, merge, name, save.
 
 A layer that carries LoRA keeps the key names of the Linear it replaces (`weight`, `bias`), so a base
-checkpoint loads untouched before or after injection. In files the factors carry SAMed's names: `w_a_000`
-is A of q in the first adapted block, `w_a_001` A of v in the same block, `w_b_...` their B; A has shape
-(rank, in), B (out, rank), and the layer computes W x + B A x without any scale.
+checkpoint loads untouched before or after injection (with DoRA: before, its magnitudes begin as the base's).
+In files the factors carry SAMed's names: `w_a_000` is A of q in the first adapted block, `w_a_001` A of v in
+the same block, `w_b_...` their B; A has shape (rank, in), B (out, rank), and the layer computes W x + B A x
+without any scale. What SAMed does not have (`LoRAOptions`) carries its name in the model's state dict.
 """
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,30 +19,135 @@ from torch import Tensor, nn
 from samlora.errors import InputError
 from samlora.model.tensors import compare_shapes, read_tensors, write_tensors
 
+TARGETS = ("q", "k", "v", "proj", "lin1", "lin2")
+
+
+@dataclass(frozen=True)
+class LoRAOptions:
+    """How an image encoder is adapted; the defaults are SAMed's: B A x on q and v, without any scale.
+
+    rank: of every pair; ranks: {block: rank} where it is another (kept as sorted pairs).
+    alpha: B A x is scaled by alpha / rank; None for no scale. rslora: by alpha / sqrt(rank) instead (rsLoRA, arXiv
+    2312.03732). dropout: share of A's inputs set to 0 while training. dora: the product turns the weight's rows, their
+    lengths are trained apart (DoRA, arXiv 2402.09353). targets: some of TARGETS; lin1 and lin2 are the block's MLP.
+    Raises InputError for what is not possible.
+    """
+
+    rank: int = 4
+    alpha: float | None = None
+    rslora: bool = False
+    dropout: float = 0.0
+    dora: bool = False
+    targets: Iterable[str] = ("q", "v")
+    ranks: Mapping[int, int] | Iterable[Sequence[int]] = ()
+
+    def __post_init__(self) -> None:
+        pairs = self.ranks.items() if isinstance(self.ranks, Mapping) else self.ranks
+        ranks = tuple(sorted((int(block), int(rank)) for block, rank in pairs))
+        wrong = sorted(set(self.targets) - set(TARGETS))
+        if wrong or not tuple(self.targets):
+            raise InputError(f"lora targets {wrong} are not possible; give some of {', '.join(TARGETS)}")
+        for rank, place in ((self.rank, ""), *((rank, f" of block {block}") for block, rank in ranks)):
+            if rank < 1:
+                raise InputError(f"rank {rank}{place} is not possible; give a rank of 1 or more")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise InputError(f"lora alpha {self.alpha} is not possible; give a number above 0, or leave it out")
+        if self.rslora and self.alpha is None:
+            raise InputError("rslora without alpha scales nothing; give alpha too, or leave rslora out")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"lora dropout {self.dropout} is not possible; give a share from 0 to below 1")
+        # One order and one form: random numbers, files and comparisons then do not depend on how it was written.
+        object.__setattr__(self, "targets", tuple(name for name in TARGETS if name in set(self.targets)))
+        object.__setattr__(self, "ranks", ranks)
+
+    def scale(self, rank: int) -> float:
+        """The factor of B A x in a block of this rank."""
+        if self.alpha is None:
+            return 1.0
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+PLAIN = LoRAOptions()
+
 
 class _Adapted(nn.Module):
-    """A Linear's own weight and bias plus something low-rank that can be merged into the weight."""
+    """A Linear's own weight and bias plus low-rank pairs, each on some of its outputs, that can be merged.
 
-    def __init__(self, linear: nn.Linear):
+    pairs: suffix of the names -> (A, B); the outputs of each are what `part` takes out. options: scale, dropout and
+    dora are taken from them. With dora a row w of the weight, with the row d of scale B A, acts as
+    m (w + d) / |w + d|; m begins as |w|, so that birth is identity.
+    """
+
+    def __init__(self, linear: nn.Linear, pairs: Mapping[str, tuple[nn.Linear, nn.Linear]], options: LoRAOptions):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self.scales = {suffix: options.scale(a.out_features) for suffix, (a, _) in pairs.items()}
+        self.dropout, self.dora = options.dropout, options.dora
         self._unmerged: Tensor | None = None
+        for suffix, (a, b) in pairs.items():
+            setattr(self, f"linear_a{suffix}", a)
+            setattr(self, f"linear_b{suffix}", b)
+            if self.dora:
+                with torch.no_grad():
+                    lengths = self._lengths(suffix).to(self.weight.dtype)
+                setattr(self, f"magnitude{suffix}", nn.Parameter(lengths))
 
     @property
     def merged(self) -> bool:
         return self._unmerged is not None
 
-    def delta(self) -> Tensor:
-        """What LoRA adds to the weight: (out, in), in float32."""
+    def part(self, x: Tensor, suffix: str, dim: int) -> Tensor:
+        """A view of the outputs that a pair adds to, of a tensor with the layer's outputs along `dim`."""
         raise NotImplementedError
+
+    def _turned(self, suffix: str) -> Tensor:
+        """The weight's rows of a part plus the scaled low-rank product: (..., in), float32."""
+        a, b = getattr(self, f"linear_a{suffix}").weight, getattr(self, f"linear_b{suffix}").weight
+        rows = self.part(self.weight.float(), suffix, 0)
+        return rows + (self.scales[suffix] * (b.float() @ a.float())).view(rows.shape)
+
+    def _lengths(self, suffix: str) -> Tensor:
+        """Length of each row of `_turned`, flat; never 0, so that rows of zeros stay rows of zeros."""
+        return self._turned(suffix).norm(dim=-1).flatten().clamp_min(torch.finfo(torch.float32).tiny)
+
+    def _gain(self, suffix: str) -> Tensor:
+        """m / |w + d| - 1 for each row of a part, flat, float32. Gradients see |w + d| as a constant (section 4.3)."""
+        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+            lengths = self._lengths(suffix)
+        return getattr(self, f"magnitude{suffix}").float() / lengths - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out)."""
+        y = F.linear(x, self.weight, self.bias)
+        if self.merged:
+            return y
+        seen = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        for suffix, scale in self.scales.items():
+            part = self.part(y, suffix, -1)
+            hidden = getattr(self, f"linear_a{suffix}")(seen)
+            hidden = hidden if scale == 1 else scale * hidden
+            update = getattr(self, f"linear_b{suffix}")(hidden).view(part.shape)
+            if self.dora:
+                gain = self._gain(suffix).to(y.dtype).view(part.shape[x.ndim - 1 :])
+                # The bias has no part in it; `part` itself is about to change, so backward needs a copy.
+                product = part.clone() if self.bias is None else part - self.part(self.bias, suffix, 0)
+                update = update + gain * (product + update)
+            part += update
+        return y
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds the low-rank product to the weight; the former weight is kept for `unmerge`."""
-        if not self.merged:
-            self._unmerged = self.weight.data
-            self.weight.data = (self.weight.float() + self.delta()).to(self.weight.dtype)
+        """Puts what LoRA does into the weight; the former weight is kept for `unmerge`."""
+        if self.merged:
+            return
+        weight = self.weight.float().clone()
+        for suffix in self.scales:
+            rows = self._turned(suffix)
+            if self.dora:
+                rows = rows * (1 + self._gain(suffix)).view(*rows.shape[:-1], 1)
+            self.part(weight, suffix, 0).copy_(rows)
+        self._unmerged, self.weight.data = self.weight.data, weight.to(self.weight.dtype)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -50,52 +157,44 @@ class _Adapted(nn.Module):
 
 
 class LoRA_qkv(_Adapted):
-    """The fused qkv Linear of an attention block with LoRA on q and v.
+    """The fused qkv Linear of an attention block with LoRA on q and v, and on k where that is asked for.
 
-    qkv: Linear d -> 3 d. linear_a_*: Linear d -> rank, linear_b_*: Linear rank -> d, both without bias.
+    qkv: Linear d -> 3 d. linear_a_*: Linear d -> rank, linear_b_*: Linear rank -> d, both without bias; None for a
+    projection without LoRA. options: scale, dropout and dora of them. heads: of an attention whose outputs are q, k, v
+    of the first head, then of the second (TinyViT); None where they are all of q, all of k, all of v (SAM).
     """
 
     def __init__(
         self,
         qkv: nn.Linear,
-        linear_a_q: nn.Linear,
-        linear_b_q: nn.Linear,
-        linear_a_v: nn.Linear,
-        linear_b_v: nn.Linear,
+        linear_a_q: nn.Linear | None,
+        linear_b_q: nn.Linear | None,
+        linear_a_v: nn.Linear | None,
+        linear_b_v: nn.Linear | None,
+        linear_a_k: nn.Linear | None = None,
+        linear_b_k: nn.Linear | None = None,
+        options: LoRAOptions = PLAIN,
+        heads: int | None = None,
     ):
-        super().__init__(qkv)
-        self.linear_a_q, self.linear_b_q = linear_a_q, linear_b_q
-        self.linear_a_v, self.linear_b_v = linear_a_v, linear_b_v
-        self.dim = qkv.in_features
+        given = {"_q": (linear_a_q, linear_b_q), "_k": (linear_a_k, linear_b_k), "_v": (linear_a_v, linear_b_v)}
+        self.dim, self.heads = qkv.in_features, heads  # `part` needs them while magnitudes are measured
+        super().__init__(qkv, {n: pair for n, pair in given.items() if pair[0] is not None}, options)
 
-    def delta(self) -> Tensor:
-        q = self.linear_b_q.weight.float() @ self.linear_a_q.weight.float()
-        v = self.linear_b_v.weight.float() @ self.linear_a_v.weight.float()
-        return torch.cat([q, torch.zeros_like(q), v])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., d) -> (..., 3 d), q, k, v in this order."""
-        qkv = F.linear(x, self.weight, self.bias)
-        if self.merged:
-            return qkv
-        qkv[..., : self.dim] += self.linear_b_q(self.linear_a_q(x))
-        qkv[..., -self.dim :] += self.linear_b_v(self.linear_a_v(x))
-        return qkv
+    def part(self, x: Tensor, suffix: str, dim: int) -> Tensor:
+        which, dim = ("_q", "_k", "_v").index(suffix), dim % x.ndim
+        if self.heads is None:
+            return x.narrow(dim, which * self.dim, self.dim)
+        return x.unflatten(dim, (self.heads, 3, self.dim // self.heads)).select(dim + 1, which)
 
 
 class LoRA_linear(_Adapted):
-    """A Linear with LoRA: y = W x + b + B A x."""
+    """A Linear with LoRA: y = W x + b + scale B A x. options: scale, dropout and dora of them."""
 
-    def __init__(self, linear: nn.Linear, linear_a: nn.Linear, linear_b: nn.Linear):
-        super().__init__(linear)
-        self.linear_a, self.linear_b = linear_a, linear_b
+    def __init__(self, linear: nn.Linear, linear_a: nn.Linear, linear_b: nn.Linear, options: LoRAOptions = PLAIN):
+        super().__init__(linear, {"": (linear_a, linear_b)}, options)
 
-    def delta(self) -> Tensor:
-        return self.linear_b.weight.float() @ self.linear_a.weight.float()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        return y if self.merged else y + self.linear_b(self.linear_a(x))
+    def part(self, x: Tensor, suffix: str, dim: int) -> Tensor:
+        return x
 
 
 def _factors(linear: nn.Linear, out_features: int, rank: int) -> tuple[nn.Linear, nn.Linear]:
@@ -108,25 +207,48 @@ def _factors(linear: nn.Linear, out_features: int, rank: int) -> tuple[nn.Linear
     return a, b
 
 
-def inject_encoder(encoder: nn.Module, rank: int, layers: Iterable[int] | None = None) -> list[int]:
-    """Puts LoRA on q and v of the blocks `layers` (all when None) of an image encoder; returns the blocks.
+def inject_encoder(encoder: nn.Module, rank: int | LoRAOptions, layers: Iterable[int] | None = None) -> list[int]:
+    """Puts LoRA on the blocks `layers` (all when None) of an image encoder; returns the blocks.
 
-    Raises InputError for a rank below 1, a block that is not there, or an encoder that carries LoRA already.
+    rank: of SAMed's pairs on q and v, or what else is wanted. Raises InputError for a rank below 1, a block that is
+    not there, or an encoder that carries LoRA already.
     """
-    depth = len(encoder.blocks)
+    return inject_blocks(encoder.blocks, rank, layers)
+
+
+def inject_blocks(
+    blocks: Sequence[nn.Module],
+    rank: int | LoRAOptions,
+    layers: Iterable[int] | None = None,
+    mlp: tuple[str, str] = ("lin1", "lin2"),
+    per_head: bool = False,
+) -> list[int]:
+    """`inject_encoder` on blocks with `attn.qkv`, `attn.proj` and an `mlp` whose Linears have the names `mlp`.
+
+    per_head: whether the outputs of qkv are ordered by head (see LoRA_qkv).
+    """
+    options = rank if isinstance(rank, LoRAOptions) else LoRAOptions(rank)
+    depth, ranks = len(blocks), dict(options.ranks)
     chosen = list(range(depth)) if layers is None else sorted(set(layers))
-    if rank < 1:
-        raise InputError(f"rank {rank} is not possible; give a rank of 1 or more")
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
         raise InputError(
             f"lora layers {chosen} do not exist in an encoder of {depth} blocks; allowed: 0 to {depth - 1}"
         )
+    if left := ranks.keys() - set(chosen):
+        raise InputError(f"lora ranks name block {min(left)}, which gets no LoRA; the lora layers are {chosen}")
+    if any(isinstance(module, _Adapted) for index in chosen for module in blocks[index].modules()):
+        raise InputError("this encoder carries LoRA already; build a fresh model instead of injecting twice")
     for index in chosen:
-        attention = encoder.blocks[index].attn
-        if isinstance(attention.qkv, LoRA_qkv):
-            raise InputError("this encoder carries LoRA already; build a fresh model instead of injecting twice")
-        q, v = (_factors(attention.qkv, attention.qkv.in_features, rank) for _ in "qv")
-        attention.qkv = LoRA_qkv(attention.qkv, *q, *v)
+        attention, own_rank = blocks[index].attn, ranks.get(index, options.rank)
+        qkv = attention.qkv
+        pairs = {n: _factors(qkv, qkv.in_features, own_rank) for n in "qkv" if n in options.targets}
+        if pairs:
+            q, k, v = (pairs.get(n, (None, None)) for n in "qkv")
+            attention.qkv = LoRA_qkv(qkv, *q, *v, *k, options, heads=attention.num_heads if per_head else None)
+        places = {"proj": (attention, "proj"), "lin1": (blocks[index].mlp, mlp[0]), "lin2": (blocks[index].mlp, mlp[1])}
+        for owner, name in (place for target, place in places.items() if target in options.targets):
+            linear = getattr(owner, name)
+            setattr(owner, name, LoRA_linear(linear, *_factors(linear, linear.out_features, own_rank), options))
     return chosen
 
 
@@ -145,17 +267,24 @@ def _decoder_attentions(transformer: nn.Module) -> Iterator[nn.Module]:
 
 
 def lora_names(sam: nn.Module) -> dict[str, str]:
-    """SAMed's name of every LoRA factor of a model -> its name in the model's state dict."""
-    names = {}
-    adapted = [
-        f"image_encoder.blocks.{index}.attn.qkv"
-        for index, block in enumerate(sam.image_encoder.blocks)
-        if isinstance(block.attn.qkv, LoRA_qkv)
-    ]
-    for position, prefix in enumerate(adapted):
-        for factor in "ab":
-            names[f"w_{factor}_{2 * position:03d}"] = f"{prefix}.linear_{factor}_q.weight"
-            names[f"w_{factor}_{2 * position + 1:03d}"] = f"{prefix}.linear_{factor}_v.weight"
+    """Name in files of all that LoRA adds to a model -> its name in the model's state dict.
+
+    SAMed's names of the factors of q and v and of the decoder; of what SAMed does not have, the latter name.
+    """
+    names, adapted = {}, 0
+    for prefix, module in sam.named_modules():
+        if not (prefix.startswith("image_encoder.") and isinstance(module, _Adapted)):
+            continue
+        first = 2 * adapted
+        samed = {"linear_a_q": f"w_a_{first:03d}", "linear_a_v": f"w_a_{first + 1:03d}"}
+        samed |= {"linear_b_q": f"w_b_{first:03d}", "linear_b_v": f"w_b_{first + 1:03d}"}
+        for name, _ in module.named_parameters():
+            if name not in ("weight", "bias"):
+                full = f"{prefix}.{name}"
+                names[samed.get(name.removesuffix(".weight"), full)] = full
+        adapted += isinstance(module, LoRA_qkv)
+    if not hasattr(sam, "mask_decoder"):  # a model that is no SAM
+        return names
     transformer = sam.mask_decoder.transformer
     if not isinstance(transformer.final_attn_token_to_image.q_proj, LoRA_linear):
         return names
@@ -195,7 +324,7 @@ def translate_adapter(sam: nn.Module, tensors: dict[str, Tensor], path: str | os
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Adds every LoRA product to its weight: a forward pass then costs what the base costs; returns the model."""
+    """Puts every LoRA into its weight: a forward pass then costs what the base costs; returns the model."""
     for module in model.modules():
         if isinstance(module, _Adapted):
             module.merge()
@@ -210,19 +339,42 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
+def lora_plus_groups(model: nn.Module, lr: float, ratio: float) -> list[dict]:
+    """Parameter groups for an optimizer: every B learns `ratio` times as fast as all else (LoRA+, arXiv 2402.12354).
+
+    Each group keeps its own factor as "lr_ratio", for schedules that set "lr". DoRA's magnitudes get a group without
+    weight decay: it would pull them to 0, not to the base's. Raises InputError without LoRA or for a ratio below 0.
+    """
+    if not 0 < ratio < math.inf:
+        raise InputError(f"LoRA+ ratio {ratio} is not possible; give a number above 0, 16 as its authors do")
+    parts: dict[str, list[nn.Parameter]] = {"b": [], "magnitude": [], "rest": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "b" if ".linear_b" in name else "magnitude" if ".magnitude" in name else "rest"
+            parts[kind].append(parameter)
+    if not parts["b"]:
+        raise InputError("LoRA+ is for models that train LoRA; this one trains none: leave the ratio out")
+    groups = [
+        {"params": parts["rest"], "lr": lr, "lr_ratio": 1.0},
+        {"params": parts["b"], "lr": lr * ratio, "lr_ratio": ratio},
+        {"params": parts["magnitude"], "lr": lr, "lr_ratio": 1.0, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 class LoRA_sam(nn.Module):
     """A SAM whose image encoder is frozen and carries LoRA on q and v.
 
     sam_model: a Sam of this package or of `segment_anything`; changed in place and kept as `.sam`.
-    rank: rank of every pair. lora_layer: the blocks that get LoRA, all when None.
+    rank: rank of every pair, or LoRAOptions for more than that. lora_layer: the blocks that get LoRA, all when None.
     Raises InputError as `inject_encoder` does.
     """
 
-    def __init__(self, sam_model: nn.Module, rank: int, lora_layer: Iterable[int] | None = None):
+    def __init__(self, sam_model: nn.Module, rank: int | LoRAOptions, lora_layer: Iterable[int] | None = None):
         super().__init__()
         for parameter in sam_model.image_encoder.parameters():
             parameter.requires_grad_(False)
-        self.rank = rank
+        self.rank = rank.rank if isinstance(rank, LoRAOptions) else rank
         self.lora_layer = inject_encoder(sam_model.image_encoder, rank, lora_layer)
         self.sam = sam_model
 

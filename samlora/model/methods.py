@@ -3,7 +3,7 @@
 import fnmatch
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -14,34 +14,46 @@ from torch import nn
 
 from samlora.errors import InputError
 from samlora.model import checkpoint
-from samlora.model.checkpoint import Spec
-from samlora.model.lora import inject_decoder, inject_encoder, translate_adapter
-from samlora.model.sam import STOCK_MASKS, VARIANTS, Sam, build_decoder, build_sam, usual_size
+from samlora.model.adapters import ADAPTERS, insert_adapters
+from samlora.model.baselines import BASELINES, build_baseline
+from samlora.model.checkpoint import Base, Spec
+from samlora.model.lora import LoRAOptions, inject_decoder, inject_encoder, translate_adapter
+from samlora.model.mobile import TinyEncoder, inject_tiny
+from samlora.model.sam import PIXEL_MEAN, STOCK_MASKS, VARIANTS, Sam, build_decoder, build_sam, usual_size
+from samlora.model.samus import base_size, insert_samus, samus_names
 from samlora.model.stem import InputStem
+from samlora.prompting import Prompting
 
 
 @dataclass(frozen=True)
 class System:
     """How a system is built and what of it trains.
 
-    trains: patterns of parameter names; a leading "!" takes away what an earlier pattern gave. variant: the usual
-    one. lora: LoRA on q and v of the encoder's blocks; lora_decoder: on the decoder's transformer too.
+    trains: patterns of parameter names, of which a leading "!" takes away what an earlier one gave; or a function that
+    names them. variant: the usual one. lora: LoRA on the encoder's blocks; lora_decoder: on the decoder's transformer
+    too. insert: puts modules of the system's own into a SAM, by its options. base_size: at which side a base is loaded
+    for a model of a side, where these differ. network: a network of samlora.model.baselines instead of a SAM.
     prompts: "none": one mask token per class and background, no prompts; "only": the base's own mask tokens, one mask
     for each prompt; "both": two decoders. normalise: images get SAM's pixel statistics inside the model; otherwise
     they enter as they are, 0 to 1. pad: images are scaled by their longer side and padded, as SAM does it; otherwise
     stretched to the square. objective: what it trains on, a key of samlora.training.objectives.OBJECTIVES.
+    prompting: how its prompts are drawn from the reference.
     options: what else can be chosen when it is built, and the defaults. module: SAMed's name of it, if any.
     """
 
     summary: str
-    trains: tuple[str, ...]
+    trains: tuple[str, ...] | Callable[[Sam], set[str]]
     variant: str = "vit_b"
     lora: bool = True
     lora_decoder: bool = False
+    insert: Callable[..., None] | None = None
+    base_size: Callable[[int | None], int] | None = None
+    network: bool = False
     prompts: str = "none"
     normalise: bool = False
     pad: bool = False
     objective: str = "classes"
+    prompting: Prompting = Prompting()
     options: Mapping[str, Any] = field(default_factory=dict)
     module: str | None = None
 
@@ -54,8 +66,27 @@ class System:
     def promptable(self) -> bool:
         return self.prompts != "none"
 
+    @property
+    def fill(self) -> tuple[float, float, float]:
+        """What images are padded with, in 0..1: where the pixel mean is taken away, that mean, as SAM pads after it."""
+        return tuple(mean / 255 for mean in PIXEL_MEAN) if self.normalise else (0.0, 0.0, 0.0)
 
-_ENCODER_LORA = "image_encoder.*.linear_[ab]_[qv].weight"
+
+# LoRA on q, v and, by option, k; on the projection and the MLP; DoRA's magnitudes.
+_ENCODER_LORA = (
+    "image_encoder.*.linear_[ab]_[qkv].weight",
+    "image_encoder.*.linear_[ab].weight",
+    "image_encoder.*.magnitude*",
+)
+# What LoRA can do beyond SAMed's (samlora.model.lora.LoRAOptions), all of it off.
+_LORA_OPTIONS = {
+    "alpha": None,
+    "rslora": False,
+    "dropout": 0.0,
+    "dora": False,
+    "targets": ["q", "v"],
+    "ranks": [],
+}
 _STEM = "input_stem.*"  # there only for images of other than three channels, and then no base knows it
 # A forward pass without prompts touches nothing of the prompt encoder but no_mask_embed, and the loss does
 # not see the IoU head. SAMed marks those 21 tensors trainable all the same; under DDP they would hang.
@@ -71,24 +102,27 @@ _PROMPTED_DECODER = ("mask_decoder.*", "!mask_decoder.iou_prediction_head.*", _O
 SYSTEMS = {
     "samed": System(
         summary="LoRA on q and v of the image encoder, whole mask decoder (SAMed, arXiv 2304.13785)",
-        trains=(_ENCODER_LORA, *_SEMANTIC_DECODER),
+        trains=(*_ENCODER_LORA, *_SEMANTIC_DECODER),
+        options=_LORA_OPTIONS,
         module="sam_lora_image_encoder",
     ),
     "samed_s": System(
         summary="SAMed with LoRA instead of full training in the decoder's transformer",
         trains=(
-            _ENCODER_LORA,
+            *_ENCODER_LORA,
             *_SEMANTIC_DECODER,
             "!mask_decoder.transformer.*",
             "mask_decoder.transformer.*.linear_[ab].weight",
         ),
         lora_decoder=True,
+        options=_LORA_OPTIONS,
         module="sam_lora_image_encoder_mask_decoder",
     ),
     "samed_h": System(
         summary="SAMed on ViT-H",
-        trains=(_ENCODER_LORA, *_SEMANTIC_DECODER),
+        trains=(*_ENCODER_LORA, *_SEMANTIC_DECODER),
         variant="vit_h",
+        options=_LORA_OPTIONS,
     ),
     "sam": System(
         summary="SAM as it is, with prompts; nothing trains (arXiv 2304.02643)",
@@ -100,25 +134,30 @@ SYSTEMS = {
     ),
     "sam_lora": System(
         summary="LoRA on q and v of the image encoder alone, SAM's own decoder and prompts",
-        trains=(_ENCODER_LORA,),
+        trains=_ENCODER_LORA,
         prompts="only",
         normalise=True,
         pad=True,
-        objective="dice_ce",
+        objective="masks",
+        prompting=Prompting("pt_box"),
+        options=_LORA_OPTIONS,
     ),
     "medsam": System(
         summary="image encoder and mask decoder trained whole, with boxes (MedSAM, arXiv 2304.12306)",
-        trains=("image_encoder.*", *_PROMPTED_DECODER),
+        # A MobileSAM file brings a classifier along that nothing uses.
+        trains=("image_encoder.*", "!image_encoder.*head.*", *_PROMPTED_DECODER),
         lora=False,
         prompts="only",
-        objective="dice_bce",
+        objective="masks",
+        prompting=Prompting("box", box_jitter=20),
     ),
     "medsam_decoder": System(
         summary="MedSAM with the image encoder frozen, so that its embeddings can be kept",
         trains=_PROMPTED_DECODER,
         lora=False,
         prompts="only",
-        objective="dice_bce",
+        objective="masks",
+        prompting=Prompting("box", box_jitter=20),
     ),
     "sam_prompt": System(
         summary="SAM's own training: boxes and points, focal, Dice and IoU loss; `freeze` names what stays",
@@ -134,12 +173,13 @@ SYSTEMS = {
         normalise=True,
         pad=True,
         objective="focal_dice_iou",
+        prompting=Prompting("pt_box", box_jitter=10, sample_num=2, negative_num=1, max_objects=4, parts=True),
         options={"freeze": ("image_encoder", "prompt_encoder")},
     ),
     "samlora_joint": System(
         summary="one LoRA encoder, two decoders: all classes without prompts, and one object by prompts",
         trains=(
-            _ENCODER_LORA,
+            *_ENCODER_LORA,
             *_SEMANTIC_DECODER,
             "prompt_decoder.*",
             "!prompt_decoder.iou_prediction_head.*",
@@ -147,8 +187,42 @@ SYSTEMS = {
         ),
         prompts="both",
         objective="joint",
+        prompting=Prompting("any", box_jitter=10, max_objects=4),
+        options=_LORA_OPTIONS,
     ),
+    "msa": System(
+        summary="bottleneck adapters in every encoder block, decoder trained (Medical SAM Adapter, arXiv 2304.12620)",
+        trains=(ADAPTERS, *_PROMPTED_DECODER),
+        lora=False,
+        insert=insert_adapters,
+        prompts="only",
+        objective="masks",
+        prompting=Prompting("pt"),
+        options={"ratio": 0.25, "scale": 0.5, "depth": 0},
+    ),
+    "samus": System(
+        summary="8 px patches, a CNN beside the encoder, adapters; decoder frozen (SAMUS, arXiv 2309.06824)",
+        trains=samus_names,
+        lora=False,
+        insert=insert_samus,
+        base_size=base_size,
+        prompts="only",
+        objective="masks",
+        prompting=Prompting("pt"),
+        options={"cnn": True, "adapters": True},
+    ),
+    "mobile_sam": System(
+        summary="SAMed on MobileSAM's TinyViT, for laptops (arXiv 2306.14289)",
+        trains=(*_ENCODER_LORA, *_SEMANTIC_DECODER),
+        variant="vit_t",
+        options=_LORA_OPTIONS,
+    ),
+} | {
+    name: System(summary=network.summary, trains=("network.*",), variant=name, lora=False, network=True)
+    for name, network in BASELINES.items()
+    if not network.volumetric
 }
+NETWORK_SIZE = 512  # usual side of images for networks without a base
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")  # what the option `freeze` can name
 
 
@@ -178,8 +252,11 @@ def named_system(system: str | None, module: str | None) -> str | None:
 def trained_names(model: nn.Module, system: str, options: Mapping[str, Any] | None = None) -> set[str]:
     """Names of the parameters of `model` that train in `system`, built with `options`."""
     row, names = system_row(system), set()
+    patterns = row.trains
+    if callable(patterns):
+        names, patterns = patterns(model), ()
     frozen = {**row.options, **(options or {})}.get("freeze", ())
-    for pattern in (*row.trains, _STEM, *(f"!{part}.*" for part in frozen)):
+    for pattern in (*patterns, _STEM, *(f"!{part}.*" for part in frozen)):
         found = {n for n, _ in model.named_parameters() if fnmatch.fnmatchcase(n, pattern.removeprefix("!"))}
         names = names - found if pattern.startswith("!") else names | found
     return names
@@ -216,7 +293,7 @@ def train_only(model: nn.Module, names: Iterable[str]) -> None:
 
 def build_model(
     system: str = "samed",
-    base: str | os.PathLike | None = "default",
+    base: str | os.PathLike | Base | None = "default",
     variant: str | None = None,
     image_size: int | None = None,
     num_classes: int = 8,
@@ -230,7 +307,7 @@ def build_model(
     """Builds a system on a base, ready to train: `model(images (B, 3, S, S)) -> logits`, on the CPU, float32.
 
     base: a base checkpoint; "default" for the variant's file in ./checkpoints (vit_ti: the demo base that
-    ships); None for random weights, with a warning.
+    ships); a `checkpoint.Base` to share its tensors with other models; None for random weights, with a warning.
     variant: vit_ti, vit_b, vit_l or vit_h; None to read it from the base.
     image_size: S, a multiple of 16; None for 512 (vit_ti: 256).
     num_classes: foreground classes; logits are (B, num_classes + 1, S/4, S/4) with background 0.
@@ -248,21 +325,23 @@ def build_model(
     if len(names) != num_classes:
         raise InputError(f"{len(names)} class names for num_classes {num_classes}; give one name per foreground class")
     chosen = system_options(system, options)
-    if lora_layers is not None and not row.lora:
-        raise InputError(f"lora layers {list(lora_layers)}: the system {system} has no LoRA; leave them out")
-    num_masks = num_classes + 1 if row.prompts == "none" else None
-    sam, base_name, digest = _base(base, variant, row, image_size, num_masks)
     if in_channels < 1:
         raise InputError(f"in_channels {in_channels} is not possible; give the number of channels of the images")
-    if in_channels != 3:
-        sam.input_stem = InputStem(in_channels)
-    sam.normalise = row.normalise
-    if row.prompts == "both":
-        _add_class_decoder(sam, num_classes + 1)
-    layers = inject_encoder(sam.image_encoder, rank, lora_layers) if row.lora else ()
-    if row.lora_decoder:
-        inject_decoder(sam.mask_decoder.transformer, rank)
-    train_only(sam, trained_names(sam, system, chosen))
+    if lora_layers is not None and not row.lora:
+        raise InputError(f"lora layers {list(lora_layers)}: the system {system} has no LoRA; leave them out")
+    if row.network:
+        sam = build_baseline(system, image_size or NETWORK_SIZE, num_classes + 1, in_channels)
+        sam.variant, base_name, digest = system, "none", None
+        layers: Iterable[int] = ()
+    else:
+        num_masks = num_classes + 1 if row.prompts == "none" else None
+        side = image_size if row.base_size is None else row.base_size(image_size)
+        sam, base_name, digest = _base(base, variant, row, side, num_masks)
+        layers = _equip(sam, row, num_classes, rank, lora_layers, in_channels, chosen)
+    names_trained = trained_names(sam, system, chosen)
+    train_only(sam, names_trained)
+    if isinstance(base, Base):
+        checkpoint.unshare(sam, names_trained)
     sam.spec = Spec(
         system=system,
         variant=sam.variant,
@@ -281,6 +360,32 @@ def build_model(
     return sam
 
 
+def _equip(
+    sam: Sam,
+    row: System,
+    num_classes: int,
+    rank: int,
+    lora_layers: Iterable[int] | None,
+    in_channels: int,
+    options: Mapping[str, Any],
+) -> Iterable[int]:
+    """Puts into a SAM what its system has beyond it; returns the blocks that got LoRA."""
+    if in_channels != 3:
+        sam.input_stem = InputStem(in_channels)
+    sam.normalise = row.normalise
+    if row.prompts == "both":
+        _add_class_decoder(sam, num_classes + 1)
+    if row.insert is not None:
+        row.insert(sam, **options)
+    if not row.lora:
+        return ()
+    inject = inject_tiny if isinstance(sam.image_encoder, TinyEncoder) else inject_encoder
+    layers = inject(sam.image_encoder, LoRAOptions(rank, **options), lora_layers)
+    if row.lora_decoder:
+        inject_decoder(sam.mask_decoder.transformer, rank)
+    return layers
+
+
 def _add_class_decoder(sam: Sam, num_masks: int) -> None:
     """The base's decoder becomes the one for prompts; a copy of it, with mask tokens of its own, draws the classes."""
     sam.prompt_decoder, sam.mask_decoder, sam.num_masks = sam.mask_decoder, build_decoder(num_masks), num_masks
@@ -290,7 +395,7 @@ def _add_class_decoder(sam: Sam, num_masks: int) -> None:
 
 
 def _base(
-    base: str | os.PathLike | None,
+    base: str | os.PathLike | Base | None,
     variant: str | None,
     row: System,
     image_size: int | None,
@@ -299,6 +404,9 @@ def _base(
     """The SAM, the name of its base and the SHA-256 of the base's file."""
     if base == "default":
         base = checkpoint.find_base(_known(variant or row.variant))
+    if isinstance(base, Base):
+        sam, digest = checkpoint.load_base(base, variant, image_size, num_masks)
+        return sam, base.path.name, digest
     if base is not None and not str(base).startswith("random:"):
         sam, digest = checkpoint.load_base(base, variant, image_size, num_masks)
         return sam, Path(base).name, digest
@@ -332,14 +440,14 @@ def _version() -> str:
 
 
 def load_model(
-    adapter: str | os.PathLike, base: str | os.PathLike | None = "default", image_size: int | None = None
+    adapter: str | os.PathLike, base: str | os.PathLike | Base | None = "default", image_size: int | None = None
 ) -> Sam:
     """Rebuilds a trained model: `model(images) -> logits`, on the CPU, in evaluation mode.
 
     adapter: a file of samlora, of SAMed (`.pth`), or plain LoRA safetensors; rank and class count are read
-    from it. base: the base it was trained on; "default" or None for that base's usual place (or, for a model
-    that began from random weights, those weights again). image_size: None for the adapter's own; SAMed's
-    files do not know theirs and get 512.
+    from it. base: the base it was trained on, its file or a `checkpoint.Base` of it; "default" or None for that
+    base's usual place (or, for a model that began from random weights, those weights again). image_size: None for the
+    adapter's own; SAMed's files do not know theirs and get 512.
     Raises InputError when the adapter and the base do not belong together, or a tensor is missing,
     unexpected or of another shape.
     """
@@ -350,14 +458,13 @@ def load_model(
         torch.manual_seed(0)
         if spec is None:
             return _load_foreign(tensors, adapter, base, image_size).eval()
-        if spec.base.startswith("random:") and base != "default":
-            raise InputError(
-                f"{adapter}: was trained on random weights ({spec.base}), not on {base}; leave the base out"
-            )
+        without_file = spec.base == "none" or spec.base.startswith("random:")
+        if without_file and base != "default":
+            raise InputError(f"{adapter}: began with random weights ({spec.base}), not with {base}; leave the base out")
         model = build_model(
             system=spec.system,
-            base=spec.base if spec.base.startswith("random:") else base,
-            variant=spec.variant,
+            base=spec.base if without_file else base,
+            variant=None if spec.base == "none" else spec.variant,
             image_size=image_size or spec.image_size,
             num_classes=spec.num_classes,
             rank=spec.rank,
@@ -377,9 +484,14 @@ def load_model(
     return model.eval()
 
 
-def _load_foreign(tensors: dict, adapter: str | os.PathLike, base: str | os.PathLike, image_size: int | None) -> Sam:
+def _load_foreign(
+    tensors: dict, adapter: str | os.PathLike, base: str | os.PathLike | Base, image_size: int | None
+) -> Sam:
     guess = checkpoint.guess_spec(tensors, adapter)
     guess["num_classes"] = guess["num_classes"] or STOCK_MASKS - 1
     model = build_model(base=base, image_size=image_size, **guess)
-    model.load_state_dict(translate_adapter(model, tensors, adapter), strict=False)
+    translated = translate_adapter(model, tensors, adapter)
+    if isinstance(base, Base):
+        checkpoint.unshare(model, translated)
+    model.load_state_dict(translated, strict=False)
     return model

@@ -32,13 +32,17 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True)
 class Variant:
-    """Size of an image encoder: channels, blocks, heads, blocks with global attention, usual image side."""
+    """Size of an image encoder: channels, blocks, heads, blocks with global attention, usual image side.
+
+    tiny: MobileSAM's, which is not a plain ViT (samlora.model.mobile): width and heads are those of its last stage.
+    """
 
     width: int
     depth: int
     heads: int
     global_blocks: tuple[int, ...]
     image_size: int
+    tiny: bool = False
 
 
 VARIANTS = {
@@ -46,6 +50,7 @@ VARIANTS = {
     "vit_b": Variant(768, 12, 12, (2, 5, 8, 11), 1024),
     "vit_l": Variant(1024, 24, 16, (5, 11, 17, 23), 1024),
     "vit_h": Variant(1280, 32, 16, (7, 15, 23, 31), 1024),
+    "vit_t": Variant(320, 10, 10, (), 1024, tiny=True),
 }
 
 
@@ -54,9 +59,10 @@ class Prompts:
     """Prompts for P masks, in pixels (x, y) of the model's input of side S.
 
     points: (P, N, 2) float with labels (P, N): 1 on the object, 0 on the background, -1 padding.
-    boxes: (P, 4) float, XYXY.
+    boxes: (P, 4) float, XYXY; NaN for a prompt without one.
     masks: (P, 1, S/4, S/4) float logits of an earlier prediction.
-    image_index: (P,) int64, the image of the batch each prompt belongs to; None when P equals the batch.
+    image_index: (P,) int64, the image of the batch each prompt belongs to; None when P equals the batch. With nothing
+    else it asks P times without any prompt.
     """
 
     points: Tensor | None = None
@@ -102,8 +108,10 @@ class Attention(nn.Module):
         count, rows, cols, _ = qkv.shape
         q, k, v = qkv.view(count, rows * cols, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         rel_h, rel_w = self._relative(q, rows, cols)
-        # Measured on CPUs: plain matrix products win in small windows and in bfloat16, the widened form
-        # wins on long float32 sequences without a graph. Only the latter runs on a GPU's flash kernels.
+        # Measured on a CPU (benchmarks/attention.py): plain matrix products win in bfloat16 and, with a graph, in
+        # windows; in float32 windows without one neither wins every run. On long float32 sequences the widened form
+        # wins without a graph; with one it takes about as long, but stores no logits. Only it runs on a GPU's flash
+        # kernels.
         long_float32 = q.dtype == torch.float32 and rows * cols >= 1024
         attend = _attend_widened if q.is_cuda or long_float32 else _attend_matmul
         out = attend(q, k, v, rel_h, rel_w).transpose(1, 2).reshape(count, rows, cols, channels)
@@ -126,11 +134,12 @@ def _table(rel_pos: Tensor, size: int) -> Tensor:
 
 
 def _attend_matmul(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    rows, cols = rel_h.shape[-1], rel_w.shape[-1]
-    grid = logits.view(*logits.shape[:2], rows, cols, rows, cols)
-    logits = (grid + rel_h.unsqueeze(-1) + rel_w.unsqueeze(-2)).view(logits.shape)
-    return logits.softmax(dim=-1).to(v.dtype) @ v
+    count, heads, length, depth = q.shape
+    # The product is added onto the bias in one pass. The sum takes its layout from rel_h and rel_w, which einsum
+    # leaves permuted; baddbmm would copy a sum that is not contiguous.
+    bias = (rel_h.contiguous().unsqueeze(-1) + rel_w.contiguous().unsqueeze(-2)).view(-1, length, length)
+    logits = torch.baddbmm(bias, (q * depth**-0.5).flatten(0, 1), k.flatten(0, 1).transpose(-2, -1))
+    return logits.softmax(dim=-1).to(v.dtype).view(count, heads, length, length) @ v
 
 
 def _attend_widened(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
@@ -208,7 +217,7 @@ class ImageEncoder(nn.Module):
         x = self.patch_embed(images) + self.pos_embed
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # nothing random in a block
+                x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
         return self.neck(x.permute(0, 3, 1, 2))
@@ -262,9 +271,14 @@ class Sam(nn.Module):
         self.input_stem = None  # for images of other than three channels, see samlora.model.stem
         self.prompt_decoder = None
         grid = image_size // PATCH
-        self.image_encoder = ImageEncoder(VARIANTS[variant], image_size)
+        self.image_encoder = _build_encoder(VARIANTS[variant], image_size)
         self.prompt_encoder = PromptEncoder(EMBED, (grid, grid), (image_size, image_size), mask_in_chans=16)
         self.mask_decoder = build_decoder(num_masks)
+
+    @property
+    def logit_side(self) -> int:
+        """Side of the logits and of mask prompts, in pixels: S/4, or what the system has instead."""
+        return self.prompt_encoder.mask_input_size[0]
 
     def encode(self, images: Tensor) -> Tensor:
         """Image embeddings (B, 256, S/16, S/16) of images (B, channels, S, S) in 0..1.
@@ -305,8 +319,16 @@ class Sam(nn.Module):
             sparse, dense = self.prompt_encoder(points=None, boxes=None, masks=None)
             return sparse.expand(count, -1, -1), dense.expand(count, -1, -1, -1)
         points = None if prompts.points is None else (prompts.points, prompts.labels)
-        with torch.autocast(self.prompt_encoder.no_mask_embed.weight.device.type, enabled=False):
-            return self.prompt_encoder(points=points, boxes=prompts.boxes, masks=prompts.masks)
+        if points is None and prompts.boxes is None and prompts.masks is None:
+            return self.embed_prompts(None, count if prompts.image_index is None else len(prompts.image_index))
+        encoder, boxes = self.prompt_encoder, prompts.boxes
+        with torch.autocast(encoder.no_mask_embed.weight.device.type, enabled=False):
+            if boxes is None:
+                return encoder(points=points, boxes=None, masks=prompts.masks)
+            missing = boxes.isnan().any(dim=1)[:, None, None]
+            sparse, dense = encoder(points=points, boxes=boxes.nan_to_num(), masks=prompts.masks)
+            corners = torch.where(missing, encoder.not_a_point_embed.weight, sparse[:, -2:])
+            return torch.cat([sparse[:, :-2], corners], dim=1), dense
 
     def answer(self, embeddings: Tensor, prompts: Prompts | None = None, classes: bool = True) -> Answer:
         """The masks of images that were encoded before: embeddings (B, 256, S/16, S/16).
@@ -341,6 +363,14 @@ class Sam(nn.Module):
             return self.answer(embeddings, prompts, classes=prompts is None or self.prompt_decoder is not None)
         answer = self.answer(embeddings, prompts, classes=prompts is None)
         return answer.classes if prompts is None else answer.masks[:, :1]
+
+
+def _build_encoder(variant: Variant, image_size: int) -> nn.Module:
+    if not variant.tiny:
+        return ImageEncoder(variant, image_size)
+    from samlora.model.mobile import build_tiny_encoder  # it needs this module
+
+    return build_tiny_encoder(image_size)
 
 
 def build_decoder(num_masks: int) -> MaskDecoder:

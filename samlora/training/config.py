@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from samlora.errors import InputError
 from samlora.options import option
+from samlora.prompting import PROMPTS
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,9 @@ class TrainConfig:
     list_dir: str | None = option(None, "folder with train.txt, the slices to use; without it all of them")
     num_classes: int | None = option(None, "foreground classes (default: what the data's recipe says, else 8)")
     max_iterations: int | None = option(None, "stop after this many optimizer steps, whatever the epochs say")
+    max_seconds: float = option(
+        0.0, "stop after so many seconds of training, validation included, whatever the epochs say; 0: no limit"
+    )
     max_epochs: int = option(200, "epochs over which the learning rate decays")
     stop_epoch: int = option(160, "epoch after which training stops")
     batch_size: int = option(12, "slices per device and forward pass")
@@ -41,11 +46,34 @@ class TrainConfig:
     lora_ckpt: str | None = option(None, "adapter whose weights a new run starts from")
     rank: int = option(4, "rank of the LoRA pairs")
     lora_layers: tuple[int, ...] = option((), "encoder blocks that get LoRA, counted from 0 (default: all)")
+    options: dict[str, Any] = option(
+        {},
+        "what the system offers beyond these: of LoRA alpha, rslora, dropout, dora, targets, ranks; of sam_prompt "
+        "freeze; of msa ratio, scale; of samus cnn, adapters (docs/systems.md)",
+    )
+    lora_plus: float = option(1.0, "learning rate of LoRA's B by that of A (LoRA+ uses 16)")
+    prompt: str | None = option(
+        None, "prompts drawn from the reference in training and validation (default: the system's)", PROMPTS
+    )
+    box_jitter: int | None = option(
+        None, "most pixels, of the model's input, by which the sides of a box are moved in training"
+    )
+    sample_num: int | None = option(None, "points on the object")
+    negative_num: int | None = option(None, "points beside the object")
+    point_strategy: str | None = option(
+        None,
+        "points after the first: random, where the prediction is least sure, farthest from the others; centre: "
+        "the middle-most first, then as distance",
+        ("random", "entropy", "distance", "centre"),
+    )
+    max_objects: int | None = option(None, "objects of an image that are asked for in one step")
+    prompt_ratio: float = option(0.5, "for samlora_joint: weight of the masks by prompts; the classes get the rest")
     optimizer: str = option(
         "adamw",
-        "adamw (betas 0.9, 0.999, weight decay 0.1) or sgd (momentum 0.9, weight decay 1e-4)",
-        ("adamw", "sgd"),
+        "adamw (betas 0.9, 0.999), adam or sgd (momentum 0.9)",
+        ("adamw", "adam", "sgd"),
     )
+    weight_decay: float | None = option(None, "of the optimizer (default: 0.1 with adamw, 1e-4 with sgd, 0 with adam)")
     warmup: bool = option(True, "raise the learning rate linearly at the start; without it masks easily stay empty")
     warmup_period: int = option(250, "optimizer steps of warm-up")
     lr_exp: float = option(0.9, "exponent of the decay; SAMed_h uses 7")
@@ -60,6 +88,12 @@ class TrainConfig:
     compile: bool = option(False, "torch.compile the model")
     checkpointing: bool = option(
         False, "keep less for the backward pass and compute it again: less memory, a third more time, same gradients"
+    )
+    augment: str = option("samed", "turns, flips and rotations as SAMed does, or none", ("samed", "none"))
+    cache_embeddings: str | None = option(
+        None,
+        "folder for the image embeddings of a system whose encoder is frozen: computed once, read in every epoch; "
+        "needs --augment none",
     )
     cache_samples: str | None = option(
         None, "folder to keep all slices in, decoded once: takes disk (1.3 MB a slice of 512 px), saves time"
@@ -103,19 +137,29 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} is not possible; give 1 or more")
-        for name in ("max_iterations", "num_classes"):
+        for name in ("max_iterations", "num_classes", "max_objects"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} is not possible; give 1 or more")
-        for name in ("base_lr", "lr_exp", "schedule_gamma"):
+        for name in ("base_lr", "lr_exp", "schedule_gamma", "lora_plus"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"--{name} {getattr(self, name)} is not possible; give a number above 0")
         if not 0 <= self.dice_param <= 1:
             raise InputError(f"--dice_param {self.dice_param} is not possible; give a weight from 0 to 1")
         if self.warmup_period < 0:
             raise InputError(f"--warmup_period {self.warmup_period} is not possible; give 0 or more steps")
-        for name in ("clip_norm", "patience", "save_seconds", "save_steps"):
+        for name in ("max_seconds", "clip_norm", "patience", "save_seconds", "save_steps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"--{name} {getattr(self, name)} is not possible; give 0 (off) or more")
+        for name in ("box_jitter", "sample_num", "negative_num", "weight_decay"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"--{name} {getattr(self, name)} is not possible; give 0 or more")
+        if not 0 < self.prompt_ratio < 1:
+            raise InputError(f"--prompt_ratio {self.prompt_ratio} is not possible; give a weight between 0 and 1")
+        if self.cache_embeddings and self.augment != "none":
+            raise InputError(
+                f"--cache_embeddings {self.cache_embeddings}: an embedding is of one picture, and --augment "
+                f"{self.augment} shows another in every epoch; add --augment none"
+            )
         if not 0 <= self.ema < 1:
             raise InputError(f"--ema {self.ema} is not possible; give 0 (off) or a decay below 1, such as 0.999")
         if (self.schedule == "step") != bool(self.schedule_steps):

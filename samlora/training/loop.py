@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from samlora.data.augment import make_batch
 from samlora.data.cache import SliceCache
 from samlora.data.dataset import Batches, Sample, SliceDataset, data_folder
 from samlora.device import DTYPES, device_name, peak_memory
+from samlora.engine import gathered, together
 from samlora.errors import InputError
 from samlora.evaluation.report import curves
 from samlora.model.checkpoint import Spec
 from samlora.training.average import Average
 from samlora.training.config import TrainConfig
-from samlora.training.losses import dice_ce
+from samlora.training.embeddings import EmbeddingCache
+from samlora.training.objectives import Objective, make_objective
 from samlora.training.reading import BadSamples, read_batches, worker_died
 from samlora.training.run import Run
 from samlora.training.schedule import learning_rate
@@ -57,9 +58,10 @@ def train(config: TrainConfig) -> Path:
     torch.manual_seed(config.seed)
     data = load_data(config)
     model = load_system(config, data)
+    objective = make_objective(config, model)
     run = open_run(config, model.spec, fabric)
     try:
-        train_in(run, config, fabric, precision, data, model)
+        train_in(run, config, fabric, precision, data, model, objective)
     except RuntimeError as error:
         if died := worker_died(error, worker_count(config, fabric.device)):
             raise died from None
@@ -69,7 +71,9 @@ def train(config: TrainConfig) -> Path:
     return run.folder
 
 
-def train_in(run: Run, config: TrainConfig, fabric, precision: str, data: Data, model: nn.Module) -> None:
+def train_in(
+    run: Run, config: TrainConfig, fabric, precision: str, data: Data, model: nn.Module, objective: Objective
+) -> None:
     """Trains `model` on `data` until the plan, --patience or a signal ends it; `run` keeps what comes of it."""
     spec: Spec = model.spec
     optimizer = make_optimizer(config, model, fabric.device)
@@ -78,9 +82,10 @@ def train_in(run: Run, config: TrainConfig, fabric, precision: str, data: Data, 
     bad = BadSamples(config.on_bad_sample == "skip", run.say)
     average = Average(model, config.ema)
     state, made_from = State(fabric, model, optimizer, average, bad), origin(data, spec)
-    if config.resume:
-        resume(run, state, made_from)
-    run.open_metrics(state.step)
+    with together(fabric):
+        if config.resume:
+            resume(run, state, made_from)
+        run.open_metrics(state.step, objective.parts)
     batches = Batches(
         len(data.train),
         plan.batch_size,
@@ -90,60 +95,94 @@ def train_in(run: Run, config: TrainConfig, fabric, precision: str, data: Data, 
         plan.rank,
         plan.ranks,
     )
-    decoded = None if config.cache_samples is None else SliceCache(config.cache_samples, data.train)
-    slices, workers = SliceDataset(data.train, config.seed, decoded=decoded), worker_count(config, fabric.device)
+    decoded = decode(config, data, fabric)
+    slices = SliceDataset(data.train, config.seed, config.augment != "none", decoded)
+    workers, embeddings = worker_count(config, fabric.device), embed(config, model, slices, fabric, DTYPES[precision])
     loader = read_batches(slices, batches, workers, bad, spec.num_classes)
-    facts = announce(run, config, data, model, plan, state.step, fabric.device, precision)
-    run.describe(facts)
+    with together(fabric):
+        facts = announce(run, config, data, model, plan, state.step, fabric.device, precision)
+        run.describe(facts)
     bar = progress_bar(plan.last_step, state.step, visible=fabric.is_global_zero)
     began, saved, said = time.monotonic() - state.seconds, time.monotonic(), time.monotonic()
-    ended, stopped = state.step >= plan.last_step or has_stalled(config, state, fabric), 0
+    over = 0 < config.max_seconds <= state.seconds
+    ended, stopped = state.step >= plan.last_step or has_stalled(config, state) or over, 0
     with Stop() as stop:
         while not (ended or stopped):
             epoch = state.step // plan.steps_per_epoch
             row = {"step": state.step, "epoch": epoch, "lr": rate(config, plan, state.step)}
             for group in optimizer.param_groups:
-                group["lr"] = row["lr"]
+                group["lr"] = row["lr"] * group.get("lr_ratio", 1.0)
             try:
-                samples = [next(loader) for _ in range(plan.batches_of(state.step))]
+                with together(fabric):
+                    samples = [next(loader) for _ in range(plan.batches_of(state.step))]
             except InputError:
                 keep(run, state, made_from)  # the steps up to here are sound, as they may not be when a loss is NaN
                 raise
             row |= optimizer_step(
-                fabric, wrapped, optimizer, samples, spec.image_size, config.dice_param, config.clip_norm
+                fabric,
+                wrapped,
+                optimizer,
+                samples,
+                objective,
+                config.clip_norm,
+                plan.sizes_of(state.step),
+                embeddings,
             )
             state.step += 1
             average.update(state.step)
             bar.update()
             bar.set_postfix(epoch=epoch + 1, loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}")
 
-            better, ended = False, state.step == plan.last_step
+            better, ended = False, state.step == plan.last_step or out_of_time(config, fabric, began)
             if state.step % plan.steps_per_epoch == 0 or ended:
                 validates = bool(data.val) and ((epoch + 1) % config.val_interval == 0 or ended)
-                # Only the first process validates and writes; the others wait for it in the next step.
-                if validates and run.writes:
+                if validates:
                     with average.in_place():
-                        row["val_dice"] = validate(model, data, fabric.device, DTYPES[precision], run, bad)
+                        row |= validate(model, data, fabric, DTYPES[precision], run, bad, objective.prompting)
                     better = state.validated(row["val_dice"])
-                ended = ended or (validates and has_stalled(config, state, fabric))
-                if run.writes and ((epoch + 1) % config.save_interval == 0 or ended):
-                    with average.in_place():
+                ended = ended or (validates and has_stalled(config, state))
+                if (epoch + 1) % config.save_interval == 0 or ended:
+                    with together(fabric), average.in_place():
                         run.save_adapter(model, f"epoch_{epoch}")
-                        preview(run, config, model, data, fabric.device, DTYPES[precision], state.step, bad)
-            run.record(**row)
-            if "val_dice" in row or time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                dice = f", validation Dice {row['val_dice']:.4f}" if "val_dice" in row else ""
-                run.say(f"step {state.step}/{plan.last_step}, epoch {epoch + 1}: loss {row['loss']:.4f}{dice}")
+                        preview(
+                            run, config, model, data, fabric, DTYPES[precision], state.step, bad, objective.prompting
+                        )
+            bad.share(fabric)
             stopped = stop.agreed(fabric)
-            by_clock = 0 < config.save_seconds < time.monotonic() - saved
-            by_count = config.save_steps and state.step % config.save_steps == 0
-            if better or by_clock or by_count or ended or stopped:
-                saved = time.monotonic()
-                state.seconds = saved - began
-                keep(run, state, made_from, better)
+            with together(fabric):  # only the first process writes
+                run.record(**row)
+                if "val_dice" in row or time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                    said = time.monotonic()
+                    dice = f", validation Dice {row['val_dice']:.4f}" if "val_dice" in row else ""
+                    run.say(f"step {state.step}/{plan.last_step}, epoch {epoch + 1}: loss {row['loss']:.4f}{dice}")
+                by_clock = 0 < config.save_seconds < time.monotonic() - saved
+                by_count = config.save_steps and state.step % config.save_steps == 0
+                if better or by_clock or by_count or ended or stopped:
+                    saved = time.monotonic()
+                    state.seconds = saved - began
+                    keep(run, state, made_from, better)
     bar.close()
     finish(run, config, facts, state, plan, stopped)
+
+
+def decode(config: TrainConfig, data: Data, fabric) -> SliceCache | None:
+    """The slices decoded, with --cache_samples: by one process of each machine, while the others wait."""
+    if config.cache_samples is None:
+        return None
+    with together(fabric):
+        if fabric.local_rank == 0:
+            SliceCache(config.cache_samples, data.train)
+    return SliceCache(config.cache_samples, data.train)
+
+
+def embed(config: TrainConfig, model: nn.Module, slices: SliceDataset, fabric, precision: torch.dtype):
+    """The embeddings of all slices, with --cache_embeddings: by one process of each machine, while the others wait."""
+    if config.cache_embeddings is None:
+        return None
+    with together(fabric):
+        if fabric.local_rank == 0:
+            EmbeddingCache(config.cache_embeddings, model, slices, precision, config.batch_size)
+    return EmbeddingCache(config.cache_embeddings, model, slices, precision, config.batch_size)
 
 
 def keep(run: Run, state: State, made_from: dict[str, str | int], better: bool = False) -> None:
@@ -161,23 +200,34 @@ def rate(config: TrainConfig, plan: Plan, step: int) -> float:
     return learning_rate(step, config.base_lr, plan.horizon, warmup, config.lr_exp, config.schedule, milestones, gamma)
 
 
-def has_stalled(config: TrainConfig, state: State, fabric) -> bool:
-    """Whether --patience is exhausted; the same in every process, of which only the first one validates."""
-    return bool(config.patience) and fabric.broadcast(state.stale >= config.patience)
+def has_stalled(config: TrainConfig, state: State) -> bool:
+    """Whether --patience is exhausted; the same in every process, since all know every validation."""
+    return bool(config.patience) and state.stale >= config.patience
+
+
+def out_of_time(config: TrainConfig, fabric, began: float) -> bool:
+    """Whether --max_seconds have passed since `began`; the same in every process: the first clock ends all."""
+    over = 0 < config.max_seconds <= time.monotonic() - began
+    if fabric.world_size == 1 or not config.max_seconds:
+        return over
+    return bool(fabric.all_reduce(torch.tensor(float(over), device=fabric.device), reduce_op="max"))
 
 
 def finish(run: Run, config: TrainConfig, facts: dict, state: State, plan: Plan, stopped: int) -> None:
     """Writes the last facts and says what to do next; raises SystemExit where a signal ended the run."""
     counted = {"steps": state.step, "seconds": round(state.seconds, 1), "bad_samples": state.bad.counts}
     run.describe(facts | counted | {"peak_memory_bytes": peak_memory(state.fabric.device)})
-    if stopped and state.step < plan.last_step:
+    over = 0 < config.max_seconds <= state.seconds
+    if stopped and state.step < plan.last_step and not over:
         run.say(f"stopped at step {state.step} of {plan.last_step}; continue with: {run.resume_command}")
         raise SystemExit(128 + stopped)
     if run.writes:
         with run.writing():
             curves(run.folder / "metrics.csv", run.folder / "curves.png")
-    if config.patience and state.stale >= config.patience:
+    if has_stalled(config, state):
         run.say(f"stopped early: {state.stale} validations without a better Dice (--patience {config.patience})")
+    if over and state.step < plan.last_step:
+        run.say(f"stopped by the clock at step {state.step} of {plan.last_step} (--max_seconds {config.max_seconds:g})")
     best = "" if math.isnan(state.best) else f", best validation Dice {state.best:.4f}"
     adapter = run.folder / f"adapter_{'best' if best else 'last'}.safetensors"
     run.say(f"{state.step} steps in {state.seconds:.0f} s{best}")
@@ -193,32 +243,34 @@ def optimizer_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     samples: Sequence[Sequence[Sample]],
-    image_size: int,
-    dice_weight: float,
+    objective: Objective,
     clip_norm: float = 0.0,
+    sizes: Sequence[int] | None = None,
+    embeddings: EmbeddingCache | None = None,
 ) -> dict[str, float]:
-    """One step of the optimizer over one or more batches; returns loss, loss_ce, loss_dice and, if clipped, grad_norm.
+    """One step of the optimizer over one or more batches; returns loss, its parts and, if clipped, grad_norm.
 
-    Every batch counts by its number of samples. The Dice loss is taken per batch, so accumulation is not
-    exactly one large batch. Raises InputError naming the samples when a loss is not finite.
+    samples: this process's part of each batch, as `Batches` deals them. sizes: samples of each batch in all processes
+    (`Plan.sizes_of`); needed where there are several. Every batch counts by its number of samples, and its loss is
+    taken over all processes: how many there are changes nothing. The Dice loss is taken per batch, so accumulation is
+    not exactly one large batch. Raises InputError, in all processes, naming the samples when a loss is not finite.
     """
-    count = sum(map(len, samples))
-    sums = torch.zeros(3, device=fabric.device)
-    for position, batch in enumerate(samples):
-        images, labels = make_batch(
-            [torch.from_numpy(s.image) for s in batch], [torch.from_numpy(s.label) for s in batch],
-            [s.transform for s in batch], image_size, fabric.device,
-        )  # fmt: skip
+    sizes, alone = sizes or [len(batch) for batch in samples], fabric.world_size == 1
+    sums = torch.zeros(1 + len(objective.parts), device=fabric.device)
+    for position, (batch, size) in enumerate(zip(samples, sizes)):
+        known = None if embeddings is None else embeddings.batch([s.key[1] for s in batch], fabric.device)
         with fabric.no_backward_sync(model, enabled=position < len(samples) - 1):
-            losses = dice_ce(model(images), labels, dice_weight)
-            if not torch.isfinite(losses[0]):
-                names = ", ".join(s.name for s in batch)
+            # A process without a sample of its own was dealt one to keep in step: it counts nothing.
+            own = len(range(fabric.global_rank, size, fabric.world_size))
+            losses = objective(model, batch, own, None if alone else size, known)
+            if not torch.isfinite(losses.total):
                 raise InputError(
-                    f"the loss is {losses[0].item()} on the samples {names}; look at them, or lower "
-                    f"--base_lr or use --warmup"
+                    f"the loss is {losses.total.item()} on the samples {culprits(fabric, batch, losses.finite)}; look "
+                    f"at them, or lower --base_lr or use --warmup"
                 )
-            fabric.backward(losses[0] * (len(batch) / count))
-        sums += torch.stack([loss.detach() for loss in losses]) * (len(batch) / count)
+            fabric.backward(losses.total * (size / sum(sizes)))
+        parts = [losses.total, *(losses.parts[name] for name in objective.parts)]
+        sums += torch.stack([part.detach() for part in parts]) * (size / sum(sizes))
     row = {}
     if clip_norm:
         # An overflow of fp16 is not the user's: the loss scaler skips that step and halves its scale.
@@ -226,7 +278,13 @@ def optimizer_step(
         row["grad_norm"] = norm.item()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return dict(zip(("loss", "loss_ce", "loss_dice"), sums.tolist())) | row
+    return dict(zip(("loss", *objective.parts), sums.tolist())) | row
+
+
+def culprits(fabric, batch: Sequence[Sample], finite: torch.Tensor) -> str:
+    """Names of the samples, of all processes, whose logits are not finite; of this process's where all are."""
+    found = gathered(fabric, [sample.name for sample, is_finite in zip(batch, finite.tolist()) if not is_finite])
+    return ", ".join(sum(found, []) or [sample.name for sample in batch])
 
 
 def announce(

@@ -1,7 +1,10 @@
 """The loss SAMed trains with."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from samlora.engine import sum_over_processes
 
 SMOOTH = 1e-5
 
@@ -12,16 +15,34 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     logits: (B, C, h, w). labels: (B, h, w) int64 in 0..C-1. Returns a scalar in 0..1. Source: SAMed,
     utils.DiceLoss, after TransUNet; it is V-Net's Dice (arXiv 1606.04797) over softmax probabilities.
     """
+    return _dice(*_overlap_and_sizes(logits, labels))
+
+
+def _overlap_and_sizes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Per class (C,), summed over the batch: what is shared, and what both have."""
     probability = logits.float().softmax(dim=1)
     target = F.one_hot(labels, logits.shape[1]).movedim(-1, 1).to(probability.dtype)
     axes = (0, 2, 3)
-    overlap = (probability * target).sum(axes)
-    sizes = probability.square().sum(axes) + target.sum(axes)
+    return (probability * target).sum(axes), probability.square().sum(axes) + target.sum(axes)
+
+
+def _dice(overlap: Tensor, sizes: Tensor) -> Tensor:
     return (1 - (2 * overlap + SMOOTH) / (sizes + SMOOTH)).mean()
 
 
-def dice_ce(logits: Tensor, labels: Tensor, dice_weight: float = 0.8) -> tuple[Tensor, Tensor, Tensor]:
-    """(1 - w) * cross-entropy + w * Dice loss, and the two parts; computed in float32."""
-    ce = F.cross_entropy(logits.float(), labels)
-    dice = dice_loss(logits, labels)
+def dice_ce(
+    logits: Tensor, labels: Tensor, dice_weight: float = 0.8, total: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(1 - w) * cross-entropy + w * Dice loss, and the two parts; computed in float32.
+
+    total: samples of the batch in all processes, where each holds a part of it, perhaps none. The loss is that of the
+    whole batch, the same in every process (`sum_over_processes` says what becomes of its gradient).
+    """
+    if total is None:
+        ce, dice = F.cross_entropy(logits.float(), labels), dice_loss(logits, labels)
+    else:
+        # A sum over the whole batch's pixels, since parts differ in size and a mean of none is NaN.
+        ce = F.cross_entropy(logits.float(), labels, reduction="sum") / (total * labels.shape[1:].numel())
+        sums = sum_over_processes(torch.cat([ce[None], *_overlap_and_sizes(logits, labels)]))
+        ce, dice = sums[0], _dice(*sums[1:].chunk(2))
     return (1 - dice_weight) * ce + dice_weight * dice, ce, dice

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from samlora.data.dataset import Batches, Sample, SliceDataset, SliceFile
-from samlora.data.volume import read_slice
+from samlora.engine import gathered
 from samlora.errors import InputError
 from samlora.training.stop import SIGNALS
 
@@ -46,27 +46,39 @@ class Reader:
 
 
 class BadSamples:
-    """Files that could not be read: stops at the first, or counts how often each had to be done without."""
+    """Files that could not be read: stops at the first, or counts how often each had to be done without.
+
+    counts: over all processes of a run, up to the last `share`.
+    """
 
     def __init__(self, skip: bool, say: Callable[[str], None]):
         self.skip, self.say = skip, say
         self.counts: dict[str, int] = {}
         self._said: set[str] = set()
+        self._met: list[tuple[str, str]] = []  # since the last `share`
 
     def met(self, path: str, problem: str) -> None:
-        """Raises InputError, or warns once for each file and counts."""
+        """Raises InputError, or takes note of it."""
         if not self.skip:
             raise InputError(f"{problem}; put the file right and --resume, or leave it out with --on_bad_sample skip")
-        if path not in self._said:
-            self._said.add(path)
-            self.say(f"warning: left out: {problem}")
-        self.counts[path] = self.counts.get(path, 0) + 1
+        self._met.append((path, problem))
+
+    def share(self, fabric) -> None:
+        """Counts what any process has met, and warns once for each file; all processes call this."""
+        if not self.skip:
+            return
+        for path, problem in sum(gathered(fabric, self._met), []):
+            if path not in self._said:
+                self._said.add(path)
+                self.say(f"warning: left out: {problem}")
+            self.counts[path] = self.counts.get(path, 0) + 1
+        self._met = []
 
     def readable(self, slices: Iterable[SliceFile]) -> Iterator[tuple]:
         """(image, label) of each slice that can be read."""
         for item in slices:
             try:
-                yield read_slice(item.path)
+                yield item.read()
             except InputError as error:
                 self.met(str(item.path), str(error))
 

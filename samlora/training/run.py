@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,8 @@ from samlora.model.checkpoint import save_adapter
 from samlora.options import write_yaml
 from samlora.training.config import TrainConfig
 
-COLUMNS = ("step", "epoch", "lr", "loss", "loss_ce", "loss_dice", "val_dice", "grad_norm")
+# Columns of metrics.csv before and after the parts of the loss.
+BEFORE, AFTER = ("step", "epoch", "lr", "loss"), ("val_dice", "val_dice_prompted", "grad_norm")
 SECONDS_TO_END = 15  # what reads slices for a process outlives its being killed by some seconds
 LAST, PREVIOUS = "state.pt", "state_previous.pt"
 PACKAGES = ("samlora", "torch", "segment-anything", "lightning-fabric", "numpy", "scipy", "safetensors")
@@ -74,10 +75,14 @@ class Run:
             with self.writing():
                 self._journal.say(line)
 
-    def open_metrics(self, step: int) -> None:
-        """Opens metrics.csv and TensorBoard for rows from `step` on; rows of a former life after it are dropped."""
+    def open_metrics(self, step: int, parts: Sequence[str]) -> None:
+        """Opens metrics.csv and TensorBoard for rows from `step` on; rows of a former life after it are dropped.
+
+        parts: names of the parts of the loss.
+        """
         if not self.writes:
             return
+        self._columns = (*BEFORE, *parts, *AFTER)
         from torch.utils.tensorboard import SummaryWriter
 
         path = self.folder / "metrics.csv"
@@ -88,17 +93,17 @@ class Run:
             rows = [row for row in csv.DictReader(whole_lines.splitlines()) if int(row["step"]) < step]
         with self.writing():
             with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
+                writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(rows)
             self._metrics = open(path, "a", newline="", encoding="utf-8")
             self._board = SummaryWriter(str(self.folder), purge_step=step)
 
     def record(self, **row: float) -> None:
-        """Appends one row of COLUMNS to metrics.csv and TensorBoard."""
+        """Appends one row to metrics.csv and TensorBoard."""
         if self.writes:
             with self.writing():
-                csv.DictWriter(self._metrics, COLUMNS).writerow({k: f"{v:.8g}" for k, v in row.items()})
+                csv.DictWriter(self._metrics, self._columns).writerow({k: f"{v:.8g}" for k, v in row.items()})
                 self._metrics.flush()
                 for name in row.keys() - {"step", "epoch"}:
                     self._board.add_scalar(name, row[name], row["step"])

@@ -20,14 +20,13 @@ from samlora.data.dataset import (
     split_cases,
 )
 from samlora.data.recipe import Recipe
-from samlora.data.volume import read_slice
 from samlora.device import pick_device
-from samlora.engine import launch
+from samlora.engine import launch, together
 from samlora.errors import InputError
 from samlora.model import checkpoint
 from samlora.model.checkpoint import Spec
-from samlora.model.lora import translate_adapter
-from samlora.model.methods import SYSTEMS, build_model, named_system, system_row
+from samlora.model.lora import lora_plus_groups, translate_adapter
+from samlora.model.methods import build_model, named_system, system_row
 from samlora.model.sam import VARIANTS
 from samlora.options import make, read_yaml
 from samlora.training.config import TrainConfig
@@ -84,6 +83,9 @@ def load_data(config: TrainConfig) -> Data:
         usable = [[item for item in part if _readable(item)] for part in (train, val)]
     else:
         usable = [train, val]
+    if not system_row(named_system(config.system, config.module) or "samed").automatic:
+        train = _with_objects(train, config)
+        usable[0] = [item for item in usable[0] if item in set(train)]
     # Where none can be read, the check names the first.
     contents = check_slices(usable[0] or train, num_classes)
     if val:
@@ -100,9 +102,17 @@ def load_data(config: TrainConfig) -> Data:
     )
 
 
+def _with_objects(slices: list[SliceFile], config: TrainConfig) -> list[SliceFile]:
+    """The slices that show anything: of the others no prompt can be drawn. Unreadable ones are left to the check."""
+    shown = [item for item in slices if not _readable(item) or item.read()[1].any()]
+    if not shown:
+        raise InputError(f"--root_path {config.root_path}: every label is empty; prompts are drawn from labels")
+    return shown
+
+
 def _readable(item: SliceFile) -> bool:
     try:
-        read_slice(item.path)
+        item.read()
     except InputError:
         return False
     return True
@@ -120,18 +130,18 @@ def _recipe(config: TrainConfig) -> Recipe | None:
 def load_system(config: TrainConfig, data: Data) -> nn.Module:
     """Builds the system on its base, and gives it the weights of --lora_ckpt if there is one."""
     system = named_system(config.system, config.module) or "samed"
-    if system_row(system).objective != "classes":
-        raise InputError(
-            f"--system {system} learns from prompts, train.py from label maps; choose one of "
-            f"{', '.join(n for n, r in SYSTEMS.items() if r.objective == "classes")}"
-        )
+    row = system_row(system)
+    if not row.trains:
+        raise InputError(f"--system {system}: nothing of it trains; test it as it is, or choose another system")
+    if config.lora_plus != 1 and not row.lora:
+        raise InputError(f"--lora_plus {config.lora_plus:g}: the system {system} has no LoRA; leave it out")
     if config.vit_name is not None and config.vit_name not in VARIANTS:
         raise InputError(f"--vit_name {config.vit_name} is unknown; allowed: {', '.join(VARIANTS)}")
     if config.ckpt == "random" and config.vit_name is None:
         raise InputError("--ckpt random needs --vit_name: " + ", ".join(VARIANTS))
     model = build_model(
         system=system,
-        base=None if config.ckpt == "random" else config.ckpt or "default",
+        base=None if config.ckpt == "random" or row.network else config.ckpt or "default",
         variant=config.vit_name,
         image_size=config.img_size,
         num_classes=data.num_classes,
@@ -140,8 +150,13 @@ def load_system(config: TrainConfig, data: Data) -> nn.Module:
         class_names=data.class_names,
         recipe=data.recipe,
         in_channels=3 if data.contents.channels == 1 else data.contents.channels,
+        options=config.options,
     )
-    model.image_encoder.checkpointing = config.checkpointing
+    if row.network:
+        if config.checkpointing:
+            raise InputError(f"--checkpointing: {system} has no image encoder of SAM's; leave it out")
+    else:
+        model.image_encoder.checkpointing = config.checkpointing
     if config.lora_ckpt:
         start_from(model, config.lora_ckpt)
     return model
@@ -153,7 +168,7 @@ def start_from(model: nn.Module, adapter: str) -> None:
     if spec is None:
         model.load_state_dict(translate_adapter(model, tensors, adapter), strict=False)
         return
-    for name in ("system", "variant", "rank", "lora_layers", "num_classes", "in_channels", "base_sha256"):
+    for name in ("system", "variant", "rank", "lora_layers", "num_classes", "in_channels", "base_sha256", "options"):
         ours, theirs = getattr(model.spec, name), getattr(spec, name)
         if ours != theirs:
             raise InputError(f"--lora_ckpt {adapter}: its {name} is {theirs}, this run's is {ours}; make them equal")
@@ -162,18 +177,23 @@ def start_from(model: nn.Module, adapter: str) -> None:
 
 def make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """AdamW or SGD over what trains, with SAMed's settings."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    usual = {"sgd": 1e-4, "adam": 0.0, "adamw": 0.1}[config.optimizer]
+    decay = usual if config.weight_decay is None else config.weight_decay
+    parameters: list = [p for p in model.parameters() if p.requires_grad]
+    if config.lora_plus != 1 or model.spec.options.get("dora"):
+        parameters = lora_plus_groups(model, config.base_lr, config.lora_plus)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.base_lr, momentum=0.9, weight_decay=1e-4)
-    return torch.optim.AdamW(
-        parameters, lr=config.base_lr, betas=(0.9, 0.999), weight_decay=0.1, fused=device.type == "cuda"
-    )
+        return torch.optim.SGD(parameters, lr=config.base_lr, momentum=0.9, weight_decay=decay)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    fused = device.type == "cuda"
+    return kind(parameters, lr=config.base_lr, betas=(0.9, 0.999), weight_decay=decay, fused=fused)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The arithmetic of a run. batch_size: samples per rank and forward pass. horizon: steps of the decay."""
+    """The arithmetic of a run. count: samples. batch_size: of a rank and forward pass. horizon: steps of the decay."""
 
+    count: int
     batch_size: int
     accumulate: int
     batches_per_epoch: int
@@ -192,6 +212,7 @@ class Plan:
         last = min(config.stop_epoch, config.max_epochs) * steps
         last = min(last, config.max_iterations or last)
         return cls(
+            count,
             batch_size,
             config.accumulate,
             per_epoch,
@@ -212,6 +233,12 @@ class Plan:
     def batches_of(self, step: int) -> int:
         """Batches that make up optimizer step `step`: the last one of an epoch takes what is left."""
         return min(self.accumulate, self.batches_per_epoch - step % self.steps_per_epoch * self.accumulate)
+
+    def sizes_of(self, step: int) -> list[int]:
+        """Samples of each batch of optimizer step `step`, over all ranks."""
+        whole = self.batch_size * self.ranks
+        first = step % self.steps_per_epoch * self.accumulate
+        return [min(whole, self.count - n * whole) for n in range(first, first + self.batches_of(step))]
 
     def batches_before(self, step: int) -> int:
         """Batches that have been used when step `step` begins."""
@@ -242,7 +269,9 @@ def open_run(config: TrainConfig, spec: Spec, fabric) -> Run:
     problem = fabric.broadcast(_run_problem(config, folder) if fabric.is_global_zero else None)
     if problem:
         raise InputError(problem)
-    return Run(folder, config, writes=fabric.is_global_zero)
+    with together(fabric):
+        run = Run(folder, config, writes=fabric.is_global_zero)
+    return run
 
 
 def _run_problem(config: TrainConfig, folder: Path) -> str | None:
@@ -269,8 +298,8 @@ def _contradiction(name: str, ours, folder: Path, theirs) -> str:
 # What a continuation may change: where things lie and on what they run, how long, how often, and what is kept.
 FREE = (
     "output", "resume", "root_path", "list_dir", "ckpt", "device", "num_workers", "stop_epoch", "max_iterations",
-    "patience", "val_interval", "save_interval", "save_seconds", "save_steps", "on_bad_sample", "checkpointing",
-    "cache_samples",
+    "max_seconds", "patience", "val_interval", "save_interval", "save_seconds", "save_steps", "on_bad_sample", "checkpointing",
+    "cache_samples", "cache_embeddings",
 )  # fmt: skip
 
 

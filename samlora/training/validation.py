@@ -8,10 +8,14 @@ from torch import nn
 
 from samlora.data.dataset import read_geometry
 from samlora.data.grid import Case, to_show
+from samlora.engine import gathered, together
 from samlora.evaluation.metrics import evaluate, summarise
 from samlora.evaluation.report import contact_sheet
+from samlora.inference.prompted import predict_prompted
 from samlora.inference.slices import predict_slices
 from samlora.model.checkpoint import Spec
+from samlora.model.methods import system_row
+from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.reading import BadSamples
 from samlora.training.run import Run
@@ -19,29 +23,63 @@ from samlora.training.setup import Data
 
 
 def validate(
-    model: nn.Module, data: Data, device: torch.device, dtype: torch.dtype, run: Run, bad: BadSamples
-) -> float:
-    """Mean Dice over the classes and cases of the validation slices, in their own pixels."""
+    model: nn.Module, data: Data, fabric, dtype: torch.dtype, run: Run, bad: BadSamples, prompting: Prompting
+) -> dict[str, float]:
+    """Mean Dice over the classes and cases of the validation slices, in their own pixels: val_dice.
+
+    Of a system that only answers prompts the Dice with prompts drawn from the reference; of one that does both also
+    val_dice_prompted, and val_dice is the mean of the two. Processes share the cases, and all return the same figures,
+    those of one process.
+    """
     spec: Spec = model.spec
     labels = range(1, spec.num_classes + 1)
-    found, cases = set(), {}
-    for case, items in groupby(sorted(data.val, key=lambda s: s.name), key=lambda s: s.case):
-        arrays = list(bad.readable(items))
-        if not arrays:
-            continue
-        images, truths = zip(*arrays)
-        truth = np.stack(truths)
-        prediction = predict_slices(model, np.stack(images), spec.image_size, device=device, precision=dtype)
-        found.update(np.unique(prediction).tolist())
-        cases[case] = evaluate(prediction, truth, (1, 1, 1), labels, distances=False)
-    summary = summarise(cases)
-    for label in labels:
-        if label not in found and summary["classes"][label]["dice"]["n"]:
-            run.say(
-                f"warning: {spec.class_names[label - 1]} (label {label}) is in the validation cases "
-                f"but not predicted anywhere"
-            )
-    return float(summary["overall"]["dice"]["mean"])
+    cases = [list(items) for _, items in groupby(sorted(data.val, key=lambda s: s.name), key=lambda s: s.case)]
+    mine = {}
+    with together(fabric):
+        for number in range(fabric.global_rank, len(cases), fabric.world_size):
+            arrays = list(bad.readable(cases[number]))
+            if not arrays:
+                continue
+            images, truths = zip(*arrays)
+            truth = np.stack(truths)
+            found = answers(model, np.stack(images), truth, prompting, fabric.device, dtype)
+            mine[number] = {
+                way: (evaluate(labelled, truth, (1, 1, 1), labels, distances=False), np.unique(labelled).tolist())
+                for way, labelled in found.items()
+            }
+    measured = {number: of_case for part in gathered(fabric, mine) for number, of_case in part.items()}
+    figures = {}
+    for way in next(iter(measured.values()), ()):
+        # Summed up in the order of the cases, so that rounding does not depend on who measured which.
+        summary = summarise({cases[number][0].case: measured[number][way][0] for number in sorted(measured)})
+        there = {label for of_case in measured.values() for label in of_case[way][1]}
+        for label in labels:
+            if label not in there and summary["classes"][label]["dice"]["n"]:
+                run.say(
+                    f"warning: {spec.class_names[label - 1]} (label {label}) is in the validation cases "
+                    f"but not predicted anywhere"
+                )
+        figures[way] = float(summary["overall"]["dice"]["mean"])
+    if len(figures) < 2:
+        return {"val_dice": next(iter(figures.values()), float("nan"))}
+    return {"val_dice": float(np.mean(list(figures.values()))), "val_dice_prompted": figures["prompted"]}
+
+
+def answers(
+    model: nn.Module,
+    images: np.ndarray,
+    truth: np.ndarray,
+    prompting: Prompting,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, np.ndarray]:
+    """Labels (D, H, W) of a stack, by each way a system answers: "automatic", and "prompted" by the reference."""
+    row, found = system_row(model.spec.system), {}
+    if row.automatic:
+        found["automatic"] = predict_slices(model, images, model.spec.image_size, device=device, precision=dtype)
+    if row.promptable:
+        found["prompted"] = predict_prompted(model, images, truth, prompting, device=device, precision=dtype)
+    return found
 
 
 def preview(
@@ -49,10 +87,11 @@ def preview(
     config: TrainConfig,
     model: nn.Module,
     data: Data,
-    device: torch.device,
+    fabric,
     dtype: torch.dtype,
     step: int,
     bad: BadSamples,
+    prompting: Prompting,
 ) -> None:
     """Draws predictions on a validation case, else on a training case, as preview.png and for TensorBoard."""
     if not run.writes:
@@ -62,7 +101,7 @@ def preview(
     if not arrays:
         return
     images, truths = map(np.stack, zip(*arrays))
-    prediction = predict_slices(model, images, model.spec.image_size, device=device, precision=dtype)
+    prediction = next(iter(answers(model, images, truths, prompting, fabric.device, dtype).values()))
     path, names = run.folder / "preview.png", dict(enumerate(model.spec.class_names, start=1))
     case = Case(images, truths, read_geometry(config.root_path, slices[0].case))
     contact_sheet(to_show(images), truths, prediction, path, names, **case.display)

@@ -1,0 +1,80 @@
+"""Samples of any size become one batch on any device: turned, resized, padded."""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from samlora.data.augment import Transform, rotation
+from samlora.data.frame import Frame
+
+
+@functools.lru_cache(maxsize=64)
+def frame_of(height: int, width: int, side: int, pad: bool, low: int | None = None) -> Frame:
+    """The frame of samples of this size; one for all, as its matrices are worth keeping."""
+    return Frame(height, width, side, pad, low=low)
+
+
+def make_batch(
+    images: Sequence,
+    labels: Sequence,
+    transforms: Sequence[Transform],
+    side: int,
+    device,
+    pad: bool = False,
+    fill: Sequence[float] = (0.0, 0.0, 0.0),
+    low: int | None = None,
+):
+    """Augments and resizes samples of any size to one batch.
+
+    images: tensors (H, W) or (C, H, W) float32, all with as many channels. labels: tensors (H, W) uint8. side: S, the
+    model's image size. pad: scaled by the longer side and padded with `fill`, one value a channel, instead of
+    stretched (samlora.data.frame). low: L, side of the model's logits; None for S/4. Returns images (B, C, S, S)
+    float32, one gray channel as three equal ones, and labels (B, L, L) int64 on `device`, 0 in the padding; stretched
+    labels are zoomed to S and then to L, as SAMed does.
+    """
+    import torch
+
+    low = side // 4 if low is None else low
+    channels = 1 if images[0].ndim == 2 else len(images[0])
+    batch = torch.empty(len(images), channels, side, side, device=device)
+    targets = torch.empty(len(images), low, low, dtype=torch.int64, device=device)
+    for i, (image, label, transform) in enumerate(zip(images, labels, transforms)):
+        image, label = (transformed(x.to(device, non_blocking=True), transform) for x in (image, label))
+        frame = frame_of(*label.shape, side, pad, low)
+        if label.shape == (side, side):
+            batch[i] = image
+        else:
+            rows, cols = (torch.from_numpy(matrix).to(device) for matrix in frame.matrices)
+            batch[i] = rows @ image @ cols.T
+        positions = [torch.from_numpy(np.array(index)).to(device) for index in frame.label_index]
+        target = label[positions[0][:, None], positions[1]].long()
+        target[positions[0] < 0, :] = 0
+        target[:, positions[1] < 0] = 0
+        targets[i] = target
+    batch = batch if channels > 1 else batch.expand(-1, 3, -1, -1)
+    return _filled(batch, labels, transforms, side, fill) if pad else batch, targets
+
+
+def _filled(batch, labels: Sequence, transforms: Sequence[Transform], side: int, fill: Sequence[float]):
+    """The batch with the padding of each image set to `fill`."""
+    import torch
+
+    batch, values = batch.contiguous(), torch.tensor(fill, device=batch.device)[:, None, None]
+    for i, (label, transform) in enumerate(zip(labels, transforms)):
+        rows, cols = frame_of(*transformed(label, transform).shape, side, True).size
+        batch[i, :, rows:] = values
+        batch[i, :, :, cols:] = values
+    return batch
+
+
+def transformed(x, transform: Transform):
+    """One tensor (..., H, W) after its transform."""
+    import torch
+
+    if transform.angle:
+        source, outside = rotation(*x.shape[-2:], transform.angle)
+        turned = x.flatten(-2)[..., torch.from_numpy(source).to(x.device)]
+        return turned.masked_fill(torch.from_numpy(outside).to(x.device), 0)
+    x = torch.rot90(x, transform.quarter_turns, (-2, -1))
+    return x if transform.flip_axis is None else x.flip(transform.flip_axis - 2)

@@ -1,0 +1,219 @@
+"""What systems train on: a batch of samples in, losses out. One objective per kind of answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from samlora.data.batch import make_batch
+from samlora.data.dataset import Sample
+from samlora.engine import sum_over_processes
+from samlora.errors import InputError
+from samlora.model.checkpoint import Spec
+from samlora.model.methods import System, system_row
+from samlora.prompting import Prompting
+from samlora.training.config import TrainConfig
+from samlora.training.losses import dice_ce
+from samlora.training.prompting import Objects, draw_objects, least_sure
+
+_NOTHING = -30.0  # a logit beyond every doubt, whose loss rounds to 0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a batch gave.
+
+    total: the scalar to minimise, the same in every process. parts: what it is made of, under the names of
+    metrics.csv. finite: (B,) whether each sample's logits are.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    finite: Tensor
+
+
+class Objective:
+    """Base of the objectives: makes a batch of what the loader gave.
+
+    parts: names of the parts of the loss. low: L, side of the model's logits. total of a call: samples of the batch in
+    all processes, None where there is one process. own: how many of this process's samples count (one without any was
+    dealt one to keep in step).
+    """
+
+    parts: tuple[str, ...]
+
+    def __init__(self, config: TrainConfig, spec: Spec, low: int, row: System, prompting: Prompting):
+        self.config, self.spec, self.low, self.row, self.prompting = config, spec, low, row, prompting
+
+    def __call__(
+        self, model: Any, batch: Sequence[Sample], own: int, total: int | None, embeddings: Tensor | None = None
+    ) -> Losses:
+        """The losses of a batch. model: as the engine wrapped it. embeddings: of the images, where they are known."""
+        raise NotImplementedError
+
+    def _inputs(self, model: Any, batch: Sequence[Sample], embeddings: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """Images (B, C, S, S), or None where embeddings take their place, and classes (B, L, L)."""
+        images, labels = ([torch.from_numpy(getattr(s, kind)) for s in batch] for kind in ("image", "label"))
+        fill = self.row.fill if self.spec.in_channels == 3 else (0.0,) * self.spec.in_channels
+        images, targets = make_batch(
+            images,
+            labels,
+            [s.transform for s in batch],
+            self.spec.image_size,
+            next(model.parameters()).device,
+            self.row.pad,
+            fill,
+            self.low,
+        )
+        return (images if embeddings is None else None), targets
+
+
+class Classes(Objective):
+    """All classes without prompts: SAMed's cross-entropy and Dice over the mask tokens."""
+
+    parts = ("loss_ce", "loss_dice")
+
+    def __call__(self, model, batch, own, total, embeddings=None):
+        images, labels = self._inputs(model, batch, embeddings)
+        logits = model(images, None, embeddings)
+        loss, ce, dice = dice_ce(logits[:own], labels[:own], self.config.dice_param, total)
+        return Losses(loss, {"loss_ce": ce, "loss_dice": dice}, _finite(logits))
+
+
+class Masks(Objective):
+    """One mask for each prompt: Dice with squared denominators and cross-entropy, each mask counting alike.
+
+    MONAI's DiceCELoss(sigmoid=True, squared_pred=True) over single masks, as Sam_LoRA and MedSAM train. Padding does
+    not count.
+    """
+
+    parts = ("loss_dice", "loss_bce")
+
+    def __call__(self, model, batch, own, total, embeddings=None):
+        images, _ = self._inputs(model, batch, embeddings)
+        objects = self._objects(model, batch, images, embeddings)
+        answer = model(images, objects.prompts, embeddings, details=True)
+        each = self._each(answer.masks[:, 0], answer.iou[:, 0], objects)
+        means = _mean_of_masks(each, objects.counts(own), total)
+        parts = dict(zip(self.parts, means))
+        return Losses(self._sum(parts), parts, _finite_of(answer.masks, objects.prompts.image_index, len(batch)))
+
+    def _objects(
+        self, model: Any, batch: Sequence[Sample], images: Tensor | None, embeddings: Tensor | None
+    ) -> Objects:
+        """What the prompts of this batch ask for, on the model's device."""
+        device, asked = next(model.parameters()).device, self.prompting
+        later = asked.sample_num - 1 if asked.point_strategy == "entropy" and "pt" in asked.prompt else 0
+        asked = replace(asked, sample_num=asked.sample_num - later)
+        objects = draw_objects(batch, asked, self.spec.image_size, self.row.pad, self.config.seed, device, self.low)
+        if later:
+            with torch.no_grad():
+                masks = model(images, objects.prompts, embeddings, details=True).masks[:, 0]
+            objects = least_sure(objects, masks, later, self.spec.image_size)
+        return objects
+
+    def _each(self, masks: Tensor, iou: Tensor, objects: Objects) -> list[Tensor]:
+        """For every part of the loss its value for each mask, (P,)."""
+        logits = masks.float().masked_fill(~objects.inside, _NOTHING)
+        bce = F.binary_cross_entropy_with_logits(logits, objects.targets, reduction="none")
+        return [_dice(logits, objects.targets), bce.sum((1, 2)) / objects.inside.sum((1, 2))]
+
+    def _sum(self, parts: dict[str, Tensor]) -> Tensor:
+        return sum(parts.values())
+
+
+class FocalDiceIoU(Masks):
+    """SAM's own loss (arXiv 2304.02643, appendix A): 20 x focal + Dice + squared error of the predicted IoU."""
+
+    parts = ("loss_focal", "loss_dice", "loss_iou")
+
+    def _each(self, masks, iou, objects):
+        from monai.losses import FocalLoss
+
+        logits = masks.float().masked_fill(~objects.inside, _NOTHING)
+        focal = FocalLoss(gamma=2.0, alpha=0.25, reduction="none")(logits[:, None], objects.targets[:, None])[:, 0]
+        drawn, truth = logits.detach() > 0, objects.targets > 0
+        shared, either = (drawn & truth).sum((1, 2)), (drawn | truth).sum((1, 2))
+        error = (iou.float() - shared / either.clamp(min=1)).square()
+        return [focal.sum((1, 2)) / objects.inside.sum((1, 2)), _dice(logits, objects.targets), error]
+
+    def _sum(self, parts):
+        return 20 * parts["loss_focal"] + parts["loss_dice"] + parts["loss_iou"]
+
+
+class Joint(Masks):
+    """Classes without prompts and masks by prompts from one encoding: (1 - r) and r of their losses, r prompt_ratio."""
+
+    parts = ("loss_ce", "loss_dice", "loss_prompted")
+
+    def __call__(self, model, batch, own, total, embeddings=None):
+        images, labels = self._inputs(model, batch, embeddings)
+        objects = self._objects(model, batch, images, embeddings)
+        answer = model(images, objects.prompts, embeddings, details=True)
+        loss, ce, dice = dice_ce(answer.classes[:own], labels[:own], self.config.dice_param, total)
+        each = self._each(answer.masks[:, 0], answer.iou[:, 0], objects)
+        prompted = sum(_mean_of_masks(each, objects.counts(own), total))
+        ratio = self.config.prompt_ratio
+        finite = _finite(answer.classes) & _finite_of(answer.masks, objects.prompts.image_index, len(batch))
+        parts = {"loss_ce": ce, "loss_dice": dice, "loss_prompted": prompted}
+        return Losses((1 - ratio) * loss + ratio * prompted, parts, finite)
+
+
+OBJECTIVES = {"classes": Classes, "masks": Masks, "focal_dice_iou": FocalDiceIoU, "joint": Joint}
+
+
+def make_objective(config: TrainConfig, model: Any) -> Objective:
+    """What a model's system trains on. Raises InputError for options that do not fit it."""
+    spec, row = model.spec, system_row(model.spec.system)
+    return OBJECTIVES[row.objective](config, spec, model.logit_side, row, prompting_of(config, spec.system))
+
+
+def prompting_of(config: TrainConfig, system: str) -> Prompting:
+    """How a run draws prompts: as the system's row says, with what the options change.
+
+    Raises InputError for options of prompts where the system has none, or that contradict each other.
+    """
+    row = system_row(system)
+    given = {f.name: getattr(config, f.name) for f in fields(Prompting) if hasattr(config, f.name)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not row.promptable:
+        name, value = next(iter(given.items()))
+        raise InputError(f"--{name} {value}: the system {system} has no prompts; leave it out")
+    prompting = replace(row.prompting, **given)
+    takes_points = "pt" in prompting.prompt or prompting.prompt == "any"
+    if takes_points and prompting.sample_num < 1:
+        raise InputError(f"--sample_num {prompting.sample_num}: --prompt {prompting.prompt} needs a point at least")
+    if prompting.point_strategy == "entropy" and (prompting.prompt not in ("pt", "pt_box") or prompting.sample_num < 2):
+        raise InputError(
+            "--point_strategy entropy: chooses the points after the first; it needs --prompt pt or pt_box and "
+            "--sample_num 2 or more"
+        )
+    return prompting
+
+
+def _dice(logits: Tensor, targets: Tensor) -> Tensor:
+    from monai.losses import DiceLoss
+
+    loss = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")
+    return loss(logits[:, None], targets[:, None]).flatten()
+
+
+def _mean_of_masks(each: Sequence[Tensor], counts: Tensor, total: int | None) -> list[Tensor]:
+    """The mean of every part over the masks that count, those of all processes where there are several."""
+    sums = torch.stack([(values * counts).sum() for values in each] + [counts.sum()])
+    if total is not None:
+        sums = sum_over_processes(sums)
+    return list(sums[:-1] / sums[-1].detach().clamp(min=1))
+
+
+def _finite(logits: Tensor) -> Tensor:
+    return torch.isfinite(logits).flatten(1).all(dim=1)
+
+
+def _finite_of(masks: Tensor, image_index: Tensor, count: int) -> Tensor:
+    """Which of `count` images have finite masks alone."""
+    broken = torch.zeros(count, device=masks.device).index_add(0, image_index, (~_finite(masks)).float())
+    return broken == 0

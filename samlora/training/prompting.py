@@ -1,0 +1,89 @@
+"""Prompts of a training batch: drawn from its labels, with what they ask for as targets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samlora.data import prompts as from_masks
+from samlora.data.batch import frame_of, transformed
+from samlora.data.dataset import Sample
+from samlora.inference.prompted import as_prompts, choose, draw_prompt
+from samlora.model.sam import Prompts
+from samlora.prompting import Prompting
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects that a batch is asked for, P of them, at least one.
+
+    prompts: their prompts, with image_index. targets: (P, L, L) float 0 or 1. inside: (P, L, L) bool, false in
+    the padding. real: (P,) float, 0 for one that only stands in where a batch shows no object at all.
+    """
+
+    prompts: Prompts
+    targets: Tensor
+    inside: Tensor
+    real: Tensor
+
+    def counts(self, own: int) -> Tensor:
+        """(P,) float: which of them count when the first `own` images do."""
+        return self.real * (self.prompts.image_index < own)
+
+
+def draw_objects(
+    batch: Sequence[Sample],
+    prompting: Prompting,
+    side: int,
+    pad: bool,
+    seed: int,
+    device: torch.device,
+    low: int | None = None,
+) -> Objects:
+    """Chooses objects of every sample and draws prompts for them; both depend on the seed and the sample's key alone.
+
+    side: S of the model's square. Boxes and points lie in its pixels. low: L, side of the targets; None for S/4.
+    """
+    found, targets, inside, where = [], [], [], []
+    for number, sample in enumerate(batch):
+        random = np.random.default_rng([seed, 4, *sample.key])
+        label = transformed(torch.from_numpy(sample.label), sample.transform).numpy()
+        frame = frame_of(*label.shape, side, pad, low)
+        for mask in choose(label, prompting, random):
+            found.append(draw_prompt(mask, prompting, frame, random))
+            targets.append(frame.label(mask))
+            inside.append(frame.inside)
+            where.append(number)
+    if not found:  # a forward pass needs something to ask for, and processes must keep in step
+        frame = frame_of(*batch[0].label.shape, side, pad, low)
+        empty = np.zeros(batch[0].label.shape, bool)
+        found = [draw_prompt(~empty, prompting, frame, np.random.default_rng(seed))]
+        targets, inside, where = [frame.label(empty)], [frame.inside], [0]
+    real = torch.ones(len(where)) if any(map(np.any, targets)) else torch.zeros(len(where))
+    return Objects(
+        as_prompts(found, where, prompting, device),
+        torch.from_numpy(np.stack(targets)).float().to(device),
+        torch.from_numpy(np.stack(inside)).to(device),
+        real.to(device),
+    )
+
+
+def least_sure(objects: Objects, logits: Tensor, count: int, side: int) -> Objects:
+    """The objects with `count` more points each, where the prediction (P, L, L) for them is least sure.
+
+    The target says on which side of the mask a point lies (the study of SAMUS, arXiv 2309.06824).
+    """
+    probability = logits.float().sigmoid().masked_fill(~objects.inside, 0).cpu().numpy()
+    places, labels = [], []
+    for one, target in zip(probability, objects.targets.cpu().numpy() > 0):
+        found = from_masks.uncertain_points(one, count, np.random.default_rng(0), apart=3)
+        cols, rows = found.astype(int).T
+        places.append((found + 0.5) * (side / logits.shape[-1]) - 0.5)
+        labels.append(target[rows, cols])
+    device, prompts = objects.targets.device, objects.prompts
+    more = torch.from_numpy(np.stack(places).astype(np.float32)).to(device)
+    marks = torch.from_numpy(np.stack(labels).astype(np.int64)).to(device)
+    points = torch.cat([prompts.points, more], dim=1)
+    return replace(objects, prompts=replace(prompts, points=points, labels=torch.cat([prompts.labels, marks], dim=1)))

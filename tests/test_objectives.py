@@ -1,0 +1,248 @@
+"""What systems train on: prompts and targets of a batch, and the losses made of the answers."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from monai.losses import DiceCELoss
+
+from samlora.data.augment import Transform, sample_transform
+from samlora.data.dataset import Sample
+from samlora.errors import InputError
+from samlora.inference.prompted import as_prompts, draw_prompt, predict_prompted
+from samlora.model.methods import SYSTEMS, build_model, system_row
+from samlora.prompting import Prompting
+from samlora.training.config import TrainConfig
+from samlora.training.embeddings import EmbeddingCache
+from samlora.training.objectives import OBJECTIVES
+from samlora.training.prompting import draw_objects, least_sure
+
+SIDE = 64
+CPU = torch.device("cpu")
+
+
+def sample(number: int, shape=(SIDE, SIDE), transform: Transform | None = None, empty: bool = False) -> Sample:
+    random = np.random.default_rng(number)
+    label = np.zeros(shape, np.uint8)
+    if not empty:
+        label[8:28, 12:36] = 1
+        label[40:60, 4:24] = 2
+        label[40:56, 40:60] = 2
+    image = (0.3 * label + random.random(shape)).clip(0, 1).astype(np.float32)
+    return Sample(f"s{number}", image, label, transform or Transform(), (0, number))
+
+
+def tiny(system: str, **options):
+    return build_model(system, "random:1", "vit_ti", SIDE, num_classes=2, **options)
+
+
+def objective_of(model, config=None, **prompting):
+    row = system_row(model.spec.system)
+    config = config or TrainConfig()
+    return OBJECTIVES[row.objective](config, model.spec, model.logit_side, row, replace(row.prompting, **prompting))
+
+
+def test_prompts_depend_on_the_key_alone():
+    prompting = Prompting("any", box_jitter=8, sample_num=2, negative_num=1, max_objects=3, parts=True)
+    batch = [sample(n, transform=sample_transform(np.random.default_rng(n))) for n in range(3)]
+    together = draw_objects(batch, prompting, SIDE, False, 5, CPU)
+    alone = draw_objects(batch[1:2], prompting, SIDE, False, 5, CPU)
+    mine = together.prompts.image_index == 1
+    torch.testing.assert_close(together.targets[mine], alone.targets, rtol=0, atol=0)
+    again = draw_objects(batch, prompting, SIDE, False, 5, CPU)
+    torch.testing.assert_close(again.prompts.points, together.prompts.points, rtol=0, atol=0)
+    other = draw_objects([replace(s, key=(1, s.key[1])) for s in batch], prompting, SIDE, False, 5, CPU)
+    assert not torch.equal(other.prompts.points, together.prompts.points)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_prompts_lie_on_what_they_ask_for(pad):
+    """Wide images: stretched or padded, points are on the target and boxes around it."""
+    batch = [sample(n, (64, 100)) for n in range(2)]
+    objects = draw_objects(batch, Prompting("pt_box", sample_num=3, negative_num=2, max_objects=9, parts=True), SIDE, pad, 0, CPU)
+    prompts = objects.prompts
+    assert len(objects.targets) == 6 and objects.counts(1).sum() == 3
+    for target, inside, box, points, labels in zip(objects.targets, objects.inside, prompts.boxes, prompts.points, prompts.labels):
+        rows, cols = torch.where(target > 0)
+        assert inside[rows, cols].all()
+        edges = torch.tensor([cols.min(), rows.min(), cols.max(), rows.max()]) * 4.0
+        assert (box - edges).abs().max() <= 6  # a target pixel is four pixels wide
+        at = (points / 4).long()
+        near = torch.nn.functional.max_pool2d(target[None, None], 3, 1, 1)[0, 0]
+        assert (near[at[:, 1], at[:, 0]][labels == 1] == 1).all()
+        assert (target[at[:, 1], at[:, 0]][labels == 0]).sum() <= 1  # on the edge a target pixel holds both
+    assert objects.inside.all() != pad
+
+
+def test_boxes_move_outwards_by_no_more_than_the_jitter():
+    batch = [sample(0)]
+    tight = draw_objects(batch, Prompting("box"), SIDE, False, 0, CPU)
+    moved = [draw_objects([replace(batch[0], key=(e, 0))], Prompting("box", box_jitter=5), SIDE, False, 0, CPU) for e in range(30)]
+    steps = torch.stack([m.prompts.boxes[0] for m in moved if torch.equal(m.targets, tight.targets)]) - tight.prompts.boxes
+    outwards = steps * torch.tensor([-1.0, -1, 1, 1])
+    assert (outwards >= -1e-4).all() and 4 < outwards.max() <= 5 + 1e-4
+
+
+def test_a_batch_without_objects_asks_for_something_that_does_not_count():
+    model = tiny("medsam_decoder")
+    losses = objective_of(model)(model, [sample(0, empty=True)], 1, None)
+    assert losses.total.item() == 0
+    losses.total.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_masks_are_monais_dice_and_cross_entropy():
+    torch.manual_seed(0)
+    model = tiny("medsam")
+    batch = [sample(0), sample(1)]
+    objective = objective_of(model, max_objects=3)
+    losses = objective(model, batch, 2, None)
+    objects = draw_objects(batch, objective.prompting, SIDE, False, 1234, CPU)
+    images, _ = objective._inputs(model, batch, None)
+    logits = model(images, objects.prompts)
+    expected = DiceCELoss(sigmoid=True, squared_pred=True)(logits, objects.targets[:, None])
+    torch.testing.assert_close(losses.total, expected)
+
+
+def test_samples_that_do_not_count_do_not_count():
+    torch.manual_seed(0)
+    model = tiny("sam_prompt")
+    objective = objective_of(model)
+    one, two = sample(0), sample(7)
+    torch.testing.assert_close(objective(model, [one, two], 1, None).total, objective(model, [one], 1, None).total)
+
+
+def test_padding_is_not_part_of_the_loss():
+    """The same answer, wherever it is wrong in the padding, costs the same."""
+    model = tiny("sam_lora")
+    objective = objective_of(model)
+    objects = draw_objects([sample(0, (32, 64))], objective.prompting, SIDE, True, 0, CPU)
+    logits = torch.randn(objects.targets.shape)
+    other = torch.where(objects.inside, logits, torch.randn(logits.shape) * 9)
+    iou = torch.zeros(len(logits))
+    for a, b in zip(objective._each(logits, iou, objects), objective._each(other, iou, objects)):
+        torch.testing.assert_close(a, b)
+    assert not torch.equal(logits, other)
+
+
+def test_focal_dice_and_iou():
+    model = tiny("sam_prompt")
+    objective = objective_of(model)
+    objects = draw_objects([sample(0)], objective.prompting, SIDE, True, 0, CPU)
+    logits = torch.where(objects.targets > 0, 20.0, -20.0)
+    perfect = objective._each(logits, torch.ones(len(logits)), objects)
+    assert all(part.max() < 1e-3 for part in perfect)
+    p, t = torch.tensor(0.3), 1.0
+    flat = objective._each(torch.full_like(logits, float(torch.logit(p))), torch.zeros(len(logits)), objects)
+    share = objects.targets.mean((1, 2))
+    on, off = -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log()
+    torch.testing.assert_close(flat[0], share * on * t + (1 - share) * off, rtol=1e-4, atol=1e-6)
+    assert objective._sum({"loss_focal": 1.0, "loss_dice": 2.0, "loss_iou": 3.0}) == 25.0
+
+
+def test_joint_is_both():
+    torch.manual_seed(0)
+    model = tiny("samlora_joint")
+    batch = [sample(0), sample(1)]
+    parts = objective_of(model, TrainConfig(prompt_ratio=0.25))(model, batch, 2, None)
+    samed = 0.2 * parts.parts["loss_ce"] + 0.8 * parts.parts["loss_dice"]
+    torch.testing.assert_close(parts.total, 0.75 * samed + 0.25 * parts.parts["loss_prompted"])
+    images = torch.rand(2, 3, SIDE, SIDE)
+    answer = model(images, as_prompts([draw_prompt(batch[0].label == 1, Prompting("box"), _frame(), np.random.default_rng(0))] * 2, [0, 1], Prompting("box"), CPU), details=True)
+    torch.testing.assert_close(answer.classes, model(images))
+    assert answer.masks.shape == (2, 4, 16, 16)
+
+
+def _frame():
+    from samlora.data.frame import Frame
+
+    return Frame(SIDE, SIDE, SIDE)
+
+
+def test_the_next_points_go_where_the_model_is_least_sure():
+    objects = draw_objects([sample(0)], Prompting("pt", max_objects=1), SIDE, False, 0, CPU)
+    logits = torch.full((1, 16, 16), 5.0)
+    logits[0, 3, 9] = 0.1
+    more = least_sure(objects, logits, 1, SIDE).prompts
+    assert more.points[0, -1].tolist() == [9 * 4 + 1.5, 3 * 4 + 1.5]
+    assert more.labels[0, -1] == (objects.targets[0, 3, 9] > 0)
+
+
+def test_missing_boxes_say_what_sam_says_without_a_box():
+    model = tiny("sam")
+    points, labels = torch.tensor([[[10.0, 12]], [[30.0, 40]]]), torch.ones(2, 1, dtype=torch.int64)
+    boxes = torch.tensor([[float("nan")] * 4, [4.0, 5, 50, 60]])
+    from samlora.model.sam import Prompts
+
+    sparse, _ = model.embed_prompts(Prompts(points, labels, boxes), 2)
+    alone, _ = model.embed_prompts(Prompts(points[1:], labels[1:], boxes[1:]), 1)
+    torch.testing.assert_close(sparse[1:], alone)
+    torch.testing.assert_close(sparse[0, 1:], model.prompt_encoder.not_a_point_embed.weight.expand(2, -1))
+
+
+@pytest.mark.parametrize("system", ["medsam_decoder", "sam_lora", "samlora_joint"])
+def test_predict_prompted_paints_each_class_on_the_images_pixels(system):
+    model = tiny(system).eval()
+    stack = np.stack([sample(n, (50, 70)).image for n in range(3)])
+    truth = np.stack([sample(n, (50, 70), empty=n == 1).label for n in range(3)])
+    painted = predict_prompted(model, stack, truth, system_row(system).prompting, batch_size=2)
+    again = predict_prompted(model, stack, truth, system_row(system).prompting, batch_size=1)
+    assert painted.shape == truth.shape and not painted[1].any()
+    assert (painted != again).mean() < 1e-3  # batches differ in rounding alone
+    assert set(np.unique(painted)) <= {0, 1, 2}
+
+
+class _Slices:
+    """Samples by (epoch, index), with nothing done to them."""
+
+    def __init__(self, files):
+        from samlora.data.dataset import SliceDataset
+
+        self.slices, self._data = files, SliceDataset(files, 0, augment=False)
+
+    def __len__(self):
+        return len(self._data)
+
+    def __getitem__(self, key):
+        return self._data[key]
+
+
+@pytest.fixture
+def slices(tmp_path):
+    from samlora.data.dataset import find_slices
+    from samlora.data.volume import write_slice
+
+    for number in range(5):
+        one = sample(number, (40, 64))
+        write_slice(tmp_path / f"a_slice{number:03d}.npz", one.image, one.label)
+    return _Slices(find_slices(tmp_path))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_cached_embeddings_train_alike(slices, tmp_path, precision):
+    model = tiny("medsam_decoder")
+    cache = EmbeddingCache(tmp_path / "cache", model, slices, precision, batch=2)
+    assert len(cache) == 5
+    batch = [slices[0, n] for n in (3, 1)]
+    objective = objective_of(model)
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        plain = objective(model, batch, 2, None)
+        cached = objective(model, batch, 2, None, cache.batch([3, 1], CPU))
+    torch.testing.assert_close(cached.total, plain.total, atol=1e-5 if precision == torch.float32 else 5e-3, rtol=0)
+    again = EmbeddingCache(tmp_path / "cache", None or model, slices, precision, batch=3)
+    assert torch.equal(again.batch([0], CPU), cache.batch([0], CPU))
+    assert len(list((tmp_path / "cache").glob("*.embeddings"))) == 1
+    other = build_model("medsam_decoder", "random:2", "vit_ti", SIDE, num_classes=2)
+    EmbeddingCache(tmp_path / "cache", other, slices, precision, batch=3)
+    assert len(list((tmp_path / "cache").glob("*.embeddings"))) == 2
+
+
+def test_embeddings_of_an_encoder_that_trains_are_not_kept(slices, tmp_path):
+    with pytest.raises(InputError, match="encoder of samed trains"):
+        EmbeddingCache(tmp_path / "cache", tiny("samed"), slices, torch.float32, batch=2)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_every_objective_has_a_system():
+    assert {row.objective for row in SYSTEMS.values()} == set(OBJECTIVES)

@@ -3,14 +3,19 @@
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import samlora
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("encoder", "loading", "metrics", "plain", "report", "step", "timing")
+NAMES = (
+    "attention", "clicks", "embeddings", "encoder", "loading", "memory", "metrics", "peers", "plain", "report", "step", "timing", "volume"
+)
 
 
 @pytest.fixture
@@ -36,12 +41,18 @@ def test_encoder(script):
     assert result["equality"]["relative_error_bf16"] < 0.05
     assert result["seconds"].keys() == {"stock fp32", "samlora fp32", "samlora bf16"}
     assert "stock fp32" not in result["times_as_fast_as_stock_fp32"]
+    rates = result["product_operations_per_second"]
+    assert rates.keys() == {"fp32", "bf16"} and min(rates.values()) > 0
 
 
 def test_step(script):
     result = script("step").measure("vit_ti", 64, 2, 1, torch.device("cpu"))
     losses = result["losses_of_two_steps"]
     assert losses["samlora bf16"] == pytest.approx(losses["stock fp32"], abs=1e-2)
+    for kind in ("fp32", "bf16"):  # computing again what was not kept changes nothing but what it costs
+        assert losses[f"samlora {kind} checkpointing"] == pytest.approx(losses[f"samlora {kind}"], abs=1e-6)
+        operations = result["operations"]
+        assert operations[f"samlora {kind} checkpointing"] > 1.2 * operations[f"samlora {kind}"]
     assert losses["stock fp32"][0] != losses["stock fp32"][1]  # the step does step
 
 
@@ -51,6 +62,98 @@ def test_loading(script, tmp_path):
     )
     record = json.loads((tmp_path / "loading.json").read_text())
     assert record["stored_side"].keys() == {"20", "32"} and record["config"]["threads"] == 1
+
+
+def test_volume(script, tmp_path):
+    volume = script("volume")
+    recipe = replace(volume.Recipe.load("synapse"), size=40)
+    case = volume.draw((48, 40, 20), (7.0, 8.0, 9.0), recipe)
+    assert case.image.shape == (20, 40, 48) and case.spacing == pytest.approx((9.0, 8.0, 7.0))
+    seconds, labels = volume.predict(volume.random_system("vit_ti", 64, volume.CLASSES), case.image, recipe, 8)
+    assert all(part > 0 for parts in seconds.values() for part in parts.values())
+    assert volume.agreement(labels)["share_of_voxels_that_differ_fp32"] <= volume.MOST_TIES
+    found = labels["samlora fp32"]
+    assert np.unique(found).size > 2 and found.shape == case.image.shape
+    assert volume.agreement(labels | {"samlora bf16": found})["share_of_foreground_equal_in_bf16"] == 1
+    other = np.where(found == 1, 2, found)  # an organ taken for another
+    assert volume.agreement(labels | {"samlora bf16": other})["share_of_foreground_equal_in_bf16"] < 1
+    perfect = volume.measure(case.label, case)
+    assert perfect["dice_with_the_drawing"] == 1
+    prediction = volume.predict_volume(
+        samlora.merge(volume.random_system("vit_ti", 64, volume.CLASSES)).eval(), case, recipe, batch_size=8
+    )
+    assert volume.write(prediction, found, tmp_path).keys() == {"published way", "samlora"}
+    with pytest.raises(AssertionError):
+        volume.write(prediction, found + 1, tmp_path)
+
+
+def test_seconds_of_a_volume_are_scaled_from_those_of_its_slices(script):
+    parts = {"network": 8.0, "resizing_and_labels": 2.0, "measuring": 5.0, "writing": 1.0}
+    half = {name: seconds / 2 for name, seconds in parts.items()}
+    volume = script("volume")
+    total = volume.summary({volume.BASELINE: parts, "samlora fp32": half, "samlora bf16": half}, share=0.25)
+    assert total["seconds_of_volume"] == {volume.BASELINE: 46.0, "samlora fp32": 23.0, "samlora bf16": 23.0}
+    assert total["times_as_fast_as_published"] == {"samlora fp32": 2.0, "samlora bf16": 2.0}
+
+
+def test_embeddings(script):
+    result = script("embeddings").measure("vit_ti", 64, 3, 2, 1, torch.device("cpu"))
+    assert len(set(map(len, result["losses_of_first_epoch"].values()))) == 1  # equal losses are asserted there
+    assert result["bytes_a_slice"] >= 256 * 4 * 4 * 4
+
+
+def test_clicks(script):
+    result = script("clicks").measure("vit_ti", 64, 48, 2, torch.device("cpu"))
+    assert result["equality"].keys() == result["times_as_fast_as_stock"].keys() == {"first click", "second click"}
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_attention(script, graph):
+    seconds = script("attention").measure(6, 2, torch.bfloat16, graph, 1)
+    assert seconds.keys() == {"matrix products", "widened"}
+
+
+def test_peers(script):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    result = script("peers").measure("vit_ti", 64, 1, 1)
+    assert max(result["largest_difference_fp32"].values()) <= 1e-4
+    trained = result["trained_parameters"]
+    # Twelve blocks: q and v by themselves, or the fused qkv, which shares one A and has three columns of B.
+    assert trained["samlora"] == 12 * 2 * 4 * (192 + 192)
+    assert trained["transformers eager"] == trained["transformers sdpa"] == 12 * 4 * (192 + 3 * 192)
+
+
+def test_peers_says_what_is_missing(script, monkeypatch, capsys, tmp_path):
+    peers = script("peers")
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    peers.main(["--output", str(tmp_path / "peers.json")])
+    assert capsys.readouterr().out.strip().endswith("pip install transformers peft")
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_that_of_a_process(script):
+    memory, device = script("memory"), torch.device("cpu")
+    found = memory.in_a_process("vit_ti", 1, "samlora bf16 checkpointing", 64, device)
+    assert 50e6 < found["bytes"] < 4e9  # a process that holds torch, and a small model
+    assert found["seconds_of_second_step"] > 0
+
+
+def test_memory_is_compared_with_stock_at_the_same_batch(script, monkeypatch):
+    memory = script("memory")
+    peaks = {(2, memory.BASELINE): 400, (2, "samlora fp32"): 100, (4, memory.BASELINE): 800, (4, "samlora fp32"): 400}
+    monkeypatch.setattr(memory, "in_a_process", lambda encoder, batch, name, *_: {"bytes": peaks[batch, name]})
+    rows = [("vit_ti", batch, name) for batch, name in peaks]
+    shares = [row["by_stock"] for row in memory.compare(rows, 64, torch.device("cpu"))]
+    assert shares == [1, 0.25, 1, 0.5]
+    monkeypatch.setattr(memory, "in_a_process", lambda *_: {"bytes": 100})
+    assert "by_stock" not in memory.compare([("vit_ti", 12, "samlora fp32")], 64, torch.device("cpu"))[0]
+
+
+def test_memory_records_a_process_that_was_killed(script, monkeypatch):
+    memory = script("memory")
+    monkeypatch.setattr(memory.sys, "executable", "false")  # ends with exit code 1
+    assert memory.compare([("vit_ti", 1, memory.BASELINE)], 64, torch.device("cpu"))[0]["exit_code"] == 1
 
 
 def test_metrics(script):

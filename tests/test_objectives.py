@@ -9,6 +9,7 @@ from monai.losses import DiceCELoss
 
 from samlora.data.augment import Transform, sample_transform
 from samlora.data.dataset import Sample
+from samlora.data.frame import Frame
 from samlora.errors import InputError
 from samlora.inference.prompted import as_prompts, draw_prompt, predict_prompted
 from samlora.model.methods import SYSTEMS, build_model, system_row
@@ -149,15 +150,13 @@ def test_joint_is_both():
     samed = 0.2 * parts.parts["loss_ce"] + 0.8 * parts.parts["loss_dice"]
     torch.testing.assert_close(parts.total, 0.75 * samed + 0.25 * parts.parts["loss_prompted"])
     images = torch.rand(2, 3, SIDE, SIDE)
-    answer = model(images, as_prompts([draw_prompt(batch[0].label == 1, Prompting("box"), _frame(), np.random.default_rng(0))] * 2, [0, 1], Prompting("box"), CPU), details=True)
+    answer = model(
+        images,
+        as_prompts([draw_prompt(batch[0].label == 1, Prompting("box"), Frame(SIDE, SIDE, SIDE), np.random.default_rng(0))] * 2, [0, 1], Prompting("box"), CPU),
+        details=True,
+    )
     torch.testing.assert_close(answer.classes, model(images))
     assert answer.masks.shape == (2, 4, 16, 16)
-
-
-def _frame():
-    from samlora.data.frame import Frame
-
-    return Frame(SIDE, SIDE, SIDE)
 
 
 def test_the_next_points_go_where_the_model_is_least_sure():
@@ -246,3 +245,29 @@ def test_embeddings_of_an_encoder_that_trains_are_not_kept(slices, tmp_path):
 
 def test_every_objective_has_a_system():
     assert {row.objective for row in SYSTEMS.values()} == set(OBJECTIVES)
+
+
+def test_half_precision_leaves_places_alone():
+    """Lightning Fabric turns what goes into a model to half precision, as far as it finds it."""
+    from lightning_fabric import Fabric
+
+    seen = []
+
+    class Looks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, images, prompts):
+            seen.append((images.dtype, prompts.points.dtype, prompts.points.max().item()))
+            return images * self.weight
+
+    fabric = Fabric(accelerator="cpu", precision="bf16-mixed")
+    prompts = as_prompts(
+        [draw_prompt(np.ones((500, 500), bool), Prompting("pt", sample_num=5), Frame(500, 500, 512), np.random.default_rng(0))],
+        [0],
+        Prompting("pt", sample_num=5),
+        CPU,
+    )
+    fabric.setup(Looks())(torch.rand(1, 3, 8, 8), prompts)
+    assert seen[0][1:] == (torch.float32, prompts.points.max().item())

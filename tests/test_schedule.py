@@ -157,7 +157,7 @@ def test_the_average_is_validated_and_saved_and_does_not_disturb_training(config
 
 def test_patience_counts_validations_without_a_better_dice(config, monkeypatch, capsys):
     dice = iter([0.5, 0.6, 0.6, 0.4, 0.7, 0.8])
-    monkeypatch.setattr(loop, "validate", lambda *_: next(dice))
+    monkeypatch.setattr(loop, "validate", lambda *_: {"val_dice": next(dice)})
     run = train(replace(config, patience=2))
     assert json.loads((run / "run.json").read_text())["steps"] == 4
     assert "stopped early: 2 validations" in capsys.readouterr().out

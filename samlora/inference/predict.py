@@ -26,7 +26,7 @@ from samlora.files import identity, whole
 from samlora.inference.config import PredictConfig
 from samlora.inference.ensemble import Averaged
 from samlora.inference.postprocess import Postprocess
-from samlora.inference.slices import predict_slices
+from samlora.inference.slices import check_automatic, predict_slices
 from samlora.journal import Journal
 from samlora.model.checkpoint import Spec
 from samlora.model.lora import merge
@@ -279,8 +279,7 @@ def _draw(job: _Job, case: Case, labels: np.ndarray, names: dict[int, str]) -> N
 def _load(config: PredictConfig) -> nn.Module:
     models = [load_model(adapter, config.ckpt or "default") for adapter in config.adapter]
     for adapter, model in zip(config.adapter, models):
-        if model.num_masks != model.spec.num_classes + 1:
-            raise InputError(f"--adapter {adapter}: holds LoRA alone, without a decoder for classes; it needs prompts")
+        check_automatic(model, adapter)
         merge(model)
     return Averaged(models, config.tta).eval() if config.tta or len(models) > 1 else models[0]
 

@@ -77,8 +77,12 @@ class Predictor:
         `samlora.data.usual` chooses. device: None for where the model is, "auto" for the best there is. precision: of
         the image encoder; prompts are answered in float32. cache_bytes: embeddings of so many slices are kept, those
         used last: 1 MiB a slice at 512 px, 4 MiB at 1024 px, half of it in half precision.
-        Raises InputError when the recipe is not the adapter's.
+        Raises InputError when the recipe is not the adapter's, or the model is no SAM (a baseline such as a U-Net).
         """
+        if not isinstance(model, Sam):
+            raise InputError(
+                f"the system {model.spec.system} is no SAM and takes no prompts; use samlora.predict_volume"
+            )
         known = model.spec.recipe is not None or recipe is not None
         self.recipe = fitting_recipe(model.spec, recipe) if known else None
         if device is not None:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from samlora.data.augment import nearest_index, zoom_matrix
 from samlora.data.grid import neighbours
+from samlora.errors import InputError
+from samlora.model.methods import system_row
 
 
 def enlarge(size: int, input_size: int | None, image_size: int) -> np.ndarray:
@@ -20,6 +22,15 @@ def enlarge(size: int, input_size: int | None, image_size: int) -> np.ndarray:
     if input_size is None:
         return zoom_matrix(size, image_size).astype(np.float32)
     return (zoom_matrix(input_size, image_size) @ zoom_matrix(size, input_size)).astype(np.float32)
+
+
+def check_automatic(model: nn.Module, adapter: object) -> None:
+    """Raises InputError for a model that draws nothing without prompts. adapter: its file, for the message."""
+    if not system_row(model.spec.system).automatic:
+        raise InputError(
+            f"{adapter}: its system, {model.spec.system}, answers prompts and draws nothing without them; "
+            "use samlora app, samlora evaluate-prompts or samlora.Predictor"
+        )
 
 
 @torch.inference_mode()

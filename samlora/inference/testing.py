@@ -25,7 +25,7 @@ from samlora.evaluation.report import (
 from samlora.inference.config import TestConfig
 from samlora.inference.ensemble import Averaged
 from samlora.inference.postprocess import Postprocess
-from samlora.inference.slices import predict_slices
+from samlora.inference.slices import check_automatic, predict_slices
 from samlora.journal import Journal
 from samlora.model.checkpoint import Spec, guess_spec, read_adapter
 from samlora.model.lora import merge
@@ -146,10 +146,7 @@ def load_tested(config: TestConfig) -> nn.Module:
             flag = flags.get(name, name)
             raise InputError(f"--{flag} {value}: the adapter {config.lora_ckpt} has {known[name]}; leave the flag out")
     model = load_model(config.lora_ckpt, config.ckpt or "default", image_size=config.img_size)
-    if model.num_masks != model.spec.num_classes + 1:
-        raise InputError(
-            f"{config.lora_ckpt}: holds LoRA alone, without a decoder for classes; test.py needs an adapter of train.py"
-        )
+    check_automatic(model, config.lora_ckpt)
     return model
 
 

@@ -54,22 +54,27 @@ VARIANTS = {
 }
 
 
-@dataclass(frozen=True)
 class Prompts:
     """Prompts for P masks, in pixels (x, y) of the model's input of side S.
 
     points: (P, N, 2) float with labels (P, N): 1 on the object, 0 on the background, -1 padding.
     boxes: (P, 4) float, XYXY; NaN for a prompt without one.
-    masks: (P, 1, S/4, S/4) float logits of an earlier prediction.
+    masks: (P, 1, L, L) float logits of an earlier prediction.
     image_index: (P,) int64, the image of the batch each prompt belongs to; None when P equals the batch. With nothing
     else it asks P times without any prompt.
+
+    No dataclass: Lightning Fabric turns the tensors of those to half precision, in which a place is off by pixels.
     """
 
-    points: Tensor | None = None
-    labels: Tensor | None = None
-    boxes: Tensor | None = None
-    masks: Tensor | None = None
-    image_index: Tensor | None = None
+    def __init__(
+        self,
+        points: Tensor | None = None,
+        labels: Tensor | None = None,
+        boxes: Tensor | None = None,
+        masks: Tensor | None = None,
+        image_index: Tensor | None = None,
+    ):
+        self.points, self.labels, self.boxes, self.masks, self.image_index = points, labels, boxes, masks, image_index
 
 
 class Answer(NamedTuple):

@@ -59,6 +59,8 @@ def train(config: TrainConfig) -> Path:
     data = load_data(config)
     model = load_system(config, data)
     objective = make_objective(config, model)
+    if objective.row.promptable and config.n_gpu > 1 and fabric.world_size == 1:
+        raise InputError(f"--n_gpu {config.n_gpu}: prompts cannot be shared by GPUs of one process; add --strategy ddp")
     run = open_run(config, model.spec, fabric)
     try:
         train_in(run, config, fabric, precision, data, model, objective)
@@ -162,7 +164,7 @@ def train_in(
                     state.seconds = saved - began
                     keep(run, state, made_from, better)
     bar.close()
-    finish(run, config, facts, state, plan, stopped)
+    finish(run, config, facts, state, plan, stopped, objective.row.automatic)
 
 
 def decode(config: TrainConfig, data: Data, fabric) -> SliceCache | None:
@@ -213,7 +215,9 @@ def out_of_time(config: TrainConfig, fabric, began: float) -> bool:
     return bool(fabric.all_reduce(torch.tensor(float(over), device=fabric.device), reduce_op="max"))
 
 
-def finish(run: Run, config: TrainConfig, facts: dict, state: State, plan: Plan, stopped: int) -> None:
+def finish(
+    run: Run, config: TrainConfig, facts: dict, state: State, plan: Plan, stopped: int, automatic: bool
+) -> None:
     """Writes the last facts and says what to do next; raises SystemExit where a signal ended the run."""
     counted = {"steps": state.step, "seconds": round(state.seconds, 1), "bad_samples": state.bad.counts}
     run.describe(facts | counted | {"peak_memory_bytes": peak_memory(state.fabric.device)})
@@ -235,7 +239,10 @@ def finish(run: Run, config: TrainConfig, facts: dict, state: State, plan: Plan,
     base = "" if config.ckpt in (None, "random") else f" --ckpt {config.ckpt}"
     volumes = data_folder(config.root_path, "train_npz", "--root_path").parent / "test_vol_h5"
     where = volumes if volumes.is_dir() else "FOLDER_OF_TEST_VOLUMES"
-    run.say(f"next: python test.py --volume_path {where} --lora_ckpt {adapter}{base} --is_savenii")
+    if automatic:
+        run.say(f"next: python test.py --volume_path {where} --lora_ckpt {adapter}{base} --is_savenii")
+    else:
+        run.say(f"next: samlora evaluate-prompts {where} --adapter {adapter}{base} -o OUT; or: samlora app")
 
 
 def optimizer_step(

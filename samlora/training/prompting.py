@@ -85,5 +85,5 @@ def least_sure(objects: Objects, logits: Tensor, count: int, side: int) -> Objec
     device, prompts = objects.targets.device, objects.prompts
     more = torch.from_numpy(np.stack(places).astype(np.float32)).to(device)
     marks = torch.from_numpy(np.stack(labels).astype(np.int64)).to(device)
-    points = torch.cat([prompts.points, more], dim=1)
-    return replace(objects, prompts=replace(prompts, points=points, labels=torch.cat([prompts.labels, marks], dim=1)))
+    points, labels = torch.cat([prompts.points, more], dim=1), torch.cat([prompts.labels, marks], dim=1)
+    return replace(objects, prompts=Prompts(points, labels, prompts.boxes, prompts.masks, prompts.image_index))

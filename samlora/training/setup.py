@@ -298,8 +298,8 @@ def _contradiction(name: str, ours, folder: Path, theirs) -> str:
 # What a continuation may change: where things lie and on what they run, how long, how often, and what is kept.
 FREE = (
     "output", "resume", "root_path", "list_dir", "ckpt", "device", "num_workers", "stop_epoch", "max_iterations",
-    "max_seconds", "patience", "val_interval", "save_interval", "save_seconds", "save_steps", "on_bad_sample", "checkpointing",
-    "cache_samples", "cache_embeddings",
+    "max_seconds", "patience", "val_interval", "save_interval", "save_seconds", "save_steps", "on_bad_sample",
+    "checkpointing", "cache_samples", "cache_embeddings",
 )  # fmt: skip
 
 

@@ -3,9 +3,9 @@
 Same random weights, same image. Logits must agree to 1e-3 and masks on all but 1 in 10,000 pixels. A first click asks
 for three masks; a second one gives an answer's logits back as mask prompt.
 
-    python benchmarks/click.py [--size 512] [--device cuda]       (CPU: one minute)
+    python benchmarks/clicks.py [--size 512] [--device cuda]       (CPU: one minute)
 
-Writes benchmarks/results/click.json.
+Writes benchmarks/results/clicks.json.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,7 +68,7 @@ def measure(variant: str, size: int, pixels: int, repeats: int, device: torch.de
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = options(__doc__, "click")
+    parser = options(__doc__, "clicks")
     parser.add_argument("--variant", default="vit_b")
     parser.add_argument("--size", type=int, default=512, help="side of the model's input")
     parser.add_argument("--pixels", type=int, default=512, help="side of the image")

@@ -5,24 +5,34 @@ every system, its own way of drawing prompts. Two sets: ultrasound of nerves and
 test), and CT, from one patient to another (see real_ct.py). `samed`, which takes no prompts, is trained beside them:
 one model for both ways of answering should not answer worse without prompts than one for that way alone.
 
-    python benchmarks/prompts.py --data FOLDER [--sets ultrasound ct] [--systems NAME ...] [--steps 100] [--seeds 0 1 2]
+    python benchmarks/prompts.py --data FOLDER [--sets ultrasound ct] [--systems NAME ...] [--steps 80] [--seeds 0 1 2]
 
 FOLDER holds ultrasound/, ct_abdomen/ and dicom_ct/ (see the project's tests). Seeds after the first are for the systems
 that answer without prompts. Adapters that --folder holds are not trained again. Writes benchmarks/results/prompts.json.
 """
 
 import os
+import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import torch
 from real_ct import prepare_patients
 from timing import ROOT, heading, options, write_record
 
+from samlora.data.dataset import find_volumes
 from samlora.data.prepare import prepare
+from samlora.data.prompts import objects, tight_box
 from samlora.data.recipe import Recipe
-from samlora.files import shipped
+from samlora.data.volume import read_case
+from samlora.evaluation.prompt_figures import prompt_text
+from samlora.inference.predictor import Predictor
+from samlora.inference.prompt_study import PromptStudyConfig, evaluate_prompts
+from samlora.model.checkpoint import find_base
 from samlora.model.methods import SYSTEMS, system_row
 from samlora.training.config import TrainConfig
 from samlora.training.loop import train
@@ -31,7 +41,10 @@ BATCH = 4
 PICTURES = Recipe(
     name="nerves_vessels", modality="image", size=256, classes=("nerve", "vessel"), label_values=((1,), (2,))
 )
-CLICKS = (1, 3, 5)
+CLICKS, BOXES = (1, 3, 5), (0, 10)
+MIN_PIXELS, MAX_SLICES = 50, 10  # of an object, and of a case
+UNTOUCHED, WITHOUT_PROMPTS = "sam", "samed"
+HEAVY = "samus"  # its step costs several times that of the others: only where it is named
 
 
 def prepared(name: str, data: Path, folder: Path) -> Path:
@@ -62,9 +75,113 @@ def adapt(system: str, data: Path, folder: Path, steps: int, seed: int) -> tuple
             save_interval=epochs,
             save_seconds=0,
             seed=seed,
-            options={"freeze": ["prompt_encoder"]} if system == "sam_prompt" else {},
         )
         began = time.process_time()
         train(config)
         done.write_text(f"{time.process_time() - began:.1f}\n")
     return next(folder.rglob("adapter_last.safetensors")), float(done.read_text())
+
+
+def measure(system: str, adapter: Path | None, data: Path, folder: Path) -> dict:
+    """Dice by prompt over all classes, and how much two prompts on one slice change the answer."""
+    base = str(find_base("vit_ti"))
+    config = PromptStudyConfig(
+        output=str(folder),
+        adapter=None if adapter is None else str(adapter),
+        ckpt=base,
+        clicks=CLICKS,
+        boxes=BOXES,
+        targets=(),
+        min_pixels=MIN_PIXELS,
+        max_slices=MAX_SLICES,
+        device="cpu",
+    )
+    summary = evaluate_prompts(data, config)
+    figures = {"dice": {prompt_text(entry): entry["overall"] for entry in summary["dice"]}}
+    figures["dice_of_classes"] = {
+        prompt_text(entry): {name: of_class["mean"] for name, of_class in entry["classes"].items()}
+        for entry in summary["dice"]
+    }
+    if system_row(system).promptable:
+        figures["share_that_another_box_changes"] = changed_by_boxes(Predictor.load(adapter, base), data)
+    return figures
+
+
+@torch.inference_mode()
+def changed_by_boxes(predictor: Predictor, data: Path) -> float:
+    """Mean over pairs of classes on a slice: of the pixels that either box's answer holds, the share in one alone.
+
+    1 for answers that have nothing in common, as the classes have not; 0 where the model does not listen.
+    """
+    shares = []
+    for path in find_volumes(data):
+        case = read_case(path)
+        predictor.set_image(case, 0)
+        for index in np.unique(np.linspace(0, len(case.label) - 1, MAX_SLICES).round().astype(int)).tolist():
+            truths = [mask for _, mask in objects(case.label[index], MIN_PIXELS, parts=False)]
+            if len(truths) < 2:
+                continue
+            masks = predictor.predict(box=np.stack([tight_box(t) for t in truths]), index=index).masks[:, 0]
+            for one, other in combinations(masks, 2):
+                if (one | other).any():
+                    shares.append(float((one ^ other).sum() / (one | other).sum()))
+    return float(np.mean(shares))
+
+
+def compared(of_set: dict[str, list[dict]]) -> dict | None:
+    """Dice without prompts of the systems that answer both ways, minus that of samed, seed by seed."""
+    alone = {run["seed"]: run["dice"]["no prompt"]["mean"] for run in of_set.get(WITHOUT_PROMPTS, ())}
+    found = {}
+    for system, runs in of_set.items():
+        row = system_row(system)
+        if row.automatic and row.promptable:
+            by_seed = {run["seed"]: run["dice"]["no prompt"]["mean"] for run in runs}
+            both = {seed: dice - alone[seed] for seed, dice in by_seed.items() if seed in alone}
+            if both:
+                found[system] = {"by_seed": both, "mean": statistics.mean(both.values())}
+    return found or None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = options(__doc__, "prompts")
+    parser.add_argument("--data", type=Path, default=os.environ.get("SAMLORA_DATA") or ROOT.parent / "shared" / "data")
+    parser.add_argument("--folder", type=Path, default=Path("runs/prompts"), help="for prepared data, runs and tables")
+    parser.add_argument("--sets", nargs="+", choices=("ultrasound", "ct"), default=["ultrasound", "ct"])
+    listening = [name for name, row in SYSTEMS.items() if row.promptable and row.trains and name != HEAVY]
+    parser.add_argument("--systems", nargs="+", default=[WITHOUT_PROMPTS, *listening])
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    config = {"steps": args.steps, "batch": BATCH, "side": 256, "threads": args.threads, "precision": "fp32"}
+    config |= {"min_pixels": MIN_PIXELS, "slices_of_a_case_at_most": MAX_SLICES, "mask_prompt": False}
+    record = heading(
+        "Dice with and without prompts, vit_ti from the small demo base, trained on a few slices for a few steps",
+        torch.device("cpu"),
+        config,
+    )
+    record["prompts_in_training"] = {
+        name: asdict(SYSTEMS[name].prompting) for name in args.systems if SYSTEMS[name].promptable
+    }
+    record["results"] = {}
+    for name in args.sets:
+        data, folder = prepared(name, args.data, args.folder), args.folder / name
+        runs: dict[str, list[dict]] = {UNTOUCHED: [{"seed": None} | measure(UNTOUCHED, None, data, folder / "sam")]}
+        for system in args.systems:
+            for seed in args.seeds if system_row(system).automatic else args.seeds[:1]:
+                own = folder / f"{system}_{seed}"
+                adapter, seconds = adapt(system, data, own, args.steps, seed)
+                figures = measure(system, adapter, data, own / "prompts")
+                runs.setdefault(system, []).append({"seed": seed, "train_cpu_seconds": seconds} | figures)
+        record["results"][name] = {"systems": runs, "without_prompts_minus_samed": compared(runs)}
+    write_record(record, args.output)
+    for name, of_set in record["results"].items():
+        for system, runs in of_set["systems"].items():
+            for run in runs:
+                dice = ", ".join(f"{prompt} {100 * value['mean']:.1f}" for prompt, value in run["dice"].items())
+                print(f"{name} {system} seed {run['seed']}: Dice {dice}")
+
+
+if __name__ == "__main__":
+    main()

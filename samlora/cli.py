@@ -1,6 +1,7 @@
 """Every command; wiring only."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -171,7 +172,9 @@ def _prepare(given: dict) -> None:
     from samlora.data.recipe import Recipe
 
     recipe = Recipe.load(given.pop("dataset"))
-    print(prepare(given.pop("source"), given.pop("output"), recipe, **given))
+    summary = prepare(given.pop("source"), given.pop("output"), recipe, **given)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks
+        print(summary)
 
 
 def _recipes() -> list[str]:
@@ -249,6 +252,44 @@ def _evaluate(given: dict) -> None:
     print(evaluate_folders(given.pop("prediction"), given.pop("reference"), given.pop("output"), **given))
 
 
+def _evaluate_prompts_flags(parser: argparse.ArgumentParser) -> None:
+    from samlora.inference.prompt_study import PromptStudyConfig
+    from samlora.options import add_flags
+
+    parser.add_argument("data", metavar="DATA", help="prepared data: holds test_vol_h5/, or the .npy.h5 volumes")
+    parser.add_argument("-o", dest="output", metavar="OUT", default=argparse.SUPPRESS, help="the same as --output")
+    add_flags(parser, PromptStudyConfig)
+
+
+def _evaluate_prompts(given: dict) -> None:
+    from samlora.inference.prompt_study import PromptStudyConfig, evaluate_prompts
+    from samlora.options import make
+
+    evaluate_prompts(given.pop("data"), make(PromptStudyConfig, given))
+
+
+def _compare_flags(parser: argparse.ArgumentParser) -> None:
+    from samlora.compare.config import CompareConfig
+    from samlora.options import add_flags
+
+    parser.add_argument(
+        "configs", metavar="CONFIG", nargs="+", help="YAML of a system, or the name of a shipped one; lists are ablations"
+    )
+    parser.add_argument("-o", dest="output", metavar="OUT", default=argparse.SUPPRESS, help="the same as --output")
+    add_flags(parser, CompareConfig)
+
+
+def _compare(given: dict) -> None:
+    from samlora.compare.config import CompareConfig
+    from samlora.options import make
+
+    configs = given.pop("configs")
+    config = make(CompareConfig, given)
+    from samlora.compare.compare import compare
+
+    compare(configs, config)
+
+
 def _predict_flags(parser: argparse.ArgumentParser) -> None:
     from samlora.inference.config import PredictConfig
     from samlora.options import add_flags
@@ -267,6 +308,25 @@ def _predict(given: dict) -> None:
     from samlora.inference.predict import predict
 
     predict(inputs, config)
+
+
+def _app_flags(parser: argparse.ArgumentParser) -> None:
+    from samlora.app.config import AppConfig
+    from samlora.options import add_flags
+
+    parser.add_argument("path", metavar="IMAGE|FOLDER", nargs="?", help="an image, or a folder of them, to choose from")
+    add_flags(parser, AppConfig)
+
+
+def _app(given: dict) -> None:
+    from samlora.app.config import AppConfig
+    from samlora.options import make
+
+    path = given.pop("path")
+    config = make(AppConfig, given)
+    from samlora.app.server import serve
+
+    serve(path, config)
 
 
 def _download_flags(parser: argparse.ArgumentParser) -> None:
@@ -311,6 +371,13 @@ COMMANDS = {
     "train": ("train an adapter (train.py)", _train_flags, _train),
     "test": ("measure an adapter on labelled volumes (test.py)", _test_flags, _test),
     "predict": ("segment images and volumes that have no labels", _predict_flags, _predict),
+    "app": ("open a page for clicks, boxes and corrections on images and volumes", _app_flags, _app),
     "evaluate": ("measure label maps against references, with a report page", _evaluate_flags, _evaluate),
+    "evaluate-prompts": (
+        "measure clicks and boxes against references: Dice by prompt, clicks to a Dice",
+        _evaluate_prompts_flags,
+        _evaluate_prompts,
+    ),
+    "compare": ("train several systems on the same splits and put them in one table", _compare_flags, _compare),
     "download": ("fetch SAM's base weights from Meta", _download_flags, _download),
 }

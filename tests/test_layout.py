@@ -19,6 +19,8 @@ ALLOWED = {
     "evaluation": {"data"},
     "inference": {"data", "model", "evaluation"},
     "training": {"data", "model", "evaluation", "inference"},
+    "app": {"data", "model", "evaluation", "inference"},
+    "compare": {"data", "model", "evaluation", "inference", "training"},
 }
 
 

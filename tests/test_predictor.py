@@ -260,6 +260,12 @@ def test_errors(ours, ask, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_baseline_is_no_sam():
+    model = samlora.build_model("unet", base=None, image_size=64, num_classes=1)
+    with pytest.raises(InputError, match="unet is no SAM.*predict_volume"):
+        Predictor(model)
+
+
 def test_usual_recipes_show_what_people_expect():
     rng = np.random.default_rng(0)
     axial = np.diag([-0.8, -0.8, 5, 1.0])

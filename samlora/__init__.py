@@ -14,6 +14,8 @@ _PUBLIC = {
     "save_adapter": "samlora.model.checkpoint",
     "predict_volume": "samlora.inference.predict",
     "Predictor": "samlora.inference.predictor",
+    "Samprocessor": "samlora.training.processor",
+    "DatasetSegmentation": "samlora.training.processor",
     "evaluate": "samlora.evaluation.metrics",
 }
 __all__ = sorted(_PUBLIC)

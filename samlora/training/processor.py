@@ -1,0 +1,120 @@
+"""Samples for other people's loops: pictures and masks as a prompted SAM takes them, one dictionary each.
+
+After the names of github.com/MathieuNlp/Sam_LoRA, so that its users find what they know.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samlora.data.dataset import find_slices
+from samlora.data.frame import Frame
+from samlora.data.layouts import find_pairs
+from samlora.data.recipe import Recipe
+from samlora.data.sources import read_image, read_label, resolve_classes
+from samlora.errors import InputError, MissingFileError
+from samlora.inference.prompted import draw_prompt
+from samlora.model.methods import system_row
+from samlora.model.sam import Sam
+from samlora.prompting import PROMPTS, Prompting
+
+
+class Samprocessor:
+    """Frames a picture for a model, and draws a prompt from a mask: the model's system says how.
+
+    prompt: "no", "box", "full_box", "pt", "pt_box" or "any"; None for the system's own. Raises InputError for others.
+    """
+
+    def __init__(self, model: Sam, prompt: str | None = None):
+        self.row, self.spec, self.side, self.low = (
+            system_row(model.spec.system), model.spec, model.image_size, model.logit_side,
+        )  # fmt: skip
+        if prompt is not None and prompt not in PROMPTS:
+            raise InputError(f"prompt {prompt!r} is not possible; allowed: {', '.join(PROMPTS)}")
+        self.prompting = Prompting(prompt) if prompt is not None else self.row.prompting
+
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray | None = None, generator: np.random.Generator | None = None
+    ) -> dict[str, Tensor | tuple[int, int]]:
+        """One sample as tensors.
+
+        image: (H, W) or (H, W, 3), uint8 or float in 0..1. mask: (H, W), the object where it is not 0; None for none:
+        then only a prompt that needs no object is possible. generator: of what is random; a fresh one with seed 0 by
+        default. Returns image (3, S, S) float32 in 0..1, original_size (H, W), and where they apply boxes (1, 4),
+        point_coords (1, N, 2) and point_labels (1, N) in pixels of the model's square, ground_truth_mask (L, L) float32
+        and inside (L, L) bool, false in the padding. Raises InputError for an empty mask where the prompt needs one.
+        """
+        height, width = image.shape[:2]
+        frame = Frame(height, width, self.side, self.row.pad, low=self.low)
+        sample: dict = {
+            "image": torch.from_numpy(frame.image(image, self.row.fill)),
+            "original_size": (height, width),
+        }
+        if mask is not None:
+            sample["ground_truth_mask"] = torch.from_numpy(frame.label(mask != 0).astype(np.float32))
+            sample["inside"] = torch.from_numpy(np.array(frame.inside))
+        shown = np.zeros((height, width), bool) if mask is None else mask != 0
+        drawn = draw_prompt(shown, self.prompting, frame, generator or np.random.default_rng(0))
+        if drawn.box is not None:
+            sample["boxes"] = torch.from_numpy(drawn.box)[None]
+        if len(drawn.points):
+            sample["point_coords"] = torch.from_numpy(drawn.points)[None]
+            sample["point_labels"] = torch.from_numpy(drawn.labels)[None]
+        return sample
+
+
+class DatasetSegmentation(torch.utils.data.Dataset):
+    """The samples of a folder, one for each class that a slice shows, made by a `Samprocessor`.
+
+    source: MedSAM's .npz (`imgs`, `gts`) or slices of `samlora prepare`, or a folder of pictures and masks that
+    `samlora prepare` reads, 2D. Samples are those of the processor, with `name` and `label`, the class, added; what is
+    random about one depends on the seed and its number alone. Raises MissingFileError or InputError for a folder that
+    holds neither.
+    """
+
+    def __init__(self, source: str | os.PathLike, processor: Samprocessor, seed: int = 0):
+        self.processor, self.seed = processor, seed
+        self._pictures = _pictures(Path(source))
+        self._objects = [
+            (number, int(label))
+            for number, (_, read) in enumerate(self._pictures)
+            for label in np.unique(read()[1])
+            if label
+        ]
+        if not self._objects:
+            raise InputError(f"{source}: every mask is empty; nothing can be asked for")
+
+    def __len__(self) -> int:
+        return len(self._objects)
+
+    def __getitem__(self, index: int) -> dict:
+        number, label = self._objects[index]
+        name, read = self._pictures[number]
+        image, labels = read()
+        sample = self.processor(image, labels == label, np.random.default_rng([self.seed, 6, index]))
+        return sample | {"name": name, "label": label}
+
+
+def _pictures(source: Path) -> list[tuple]:
+    """Name of every picture, and what reads its image (H, W[, 3]) in 0..1 and its label map (H, W)."""
+    if not source.is_dir():
+        raise MissingFileError(f"{source}: there is no such folder")
+    if list(source.glob("*.npz")) or (source / "train_npz").is_dir():
+        return [(item.name, item.read) for item in find_slices(source)]
+    layout = find_pairs(source)
+    recipe = resolve_classes(Recipe("pictures", "image", channels="rgb"), layout)
+
+    def reader(pair):
+        def read() -> tuple[np.ndarray, np.ndarray]:
+            image = read_image(pair)
+            case = recipe.to_case(image, read_label(pair, image, recipe)[0])
+            if len(case.image) > 1:
+                raise InputError(f"{pair.images[0]}: is a volume; prepare volumes with samlora prepare --medsam")
+            return case.image[0], case.label[0]
+
+        return read
+
+    return [(pair.name, reader(pair)) for pair in layout.pairs]

@@ -288,7 +288,7 @@ class Drawn:
     """
 
     def __init__(self, truth: np.ndarray, scores: list[float] | None = None, masks_help: bool = True):
-        self.truth, self.masks_help, self.knows_score, self.asked = truth, masks_help, True, []
+        self.truth, self.masks_help, self.knows_score, self.takes_masks, self.asked = truth, masks_help, True, True, []
         self.scores = scores or [0.9] * len(truth)
         self.shades = np.full(len(truth), 0.5)
 

@@ -33,6 +33,9 @@ class Averaged(nn.Module):
         self.models = nn.ModuleList(models)
         self.flips = FLIPS if flips else FLIPS[:1]
         self.spec = first
+        self.volumetric = getattr(models[0], "volumetric", False)
+        if self.volumetric:
+            self.name, self.in_channels, self.roi = models[0].name, models[0].in_channels, models[0].roi
 
     def forward(self, images: Tensor) -> Tensor:
         answers = [

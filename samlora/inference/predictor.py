@@ -95,7 +95,11 @@ class Predictor:
         untouched = not any(name.startswith(decoder) for name in trained)
         # A decoder that was trained without its IoU head, or the heads of the three masks, left these behind.
         self.knows_score = untouched or any(name.startswith(f"{decoder}iou_prediction_head") for name in trained)
-        self._three = untouched or any(name.startswith(f"{decoder}output_hypernetworks_mlps.1") for name in trained)
+        self.knows_three = untouched or any(
+            name.startswith(f"{decoder}output_hypernetworks_mlps.1") for name in trained
+        )
+        # The demo base has learned from points and boxes only: a mask prompt spoils its answers.
+        self.takes_masks = model.spec.base != checkpoint.DEMO_FILE
         self._cache: OrderedDict[int, Tensor] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._case: Case | None = None
@@ -244,7 +248,7 @@ class Predictor:
     def click(self, x: float, y: float, positive: bool = True) -> np.ndarray:
         """Adds a point on the object, or beside it, to the prompts of this slice and returns the mask (H, W).
 
-        The answer before goes in as mask prompt. For a first click alone the best of three masks is taken, as far as
+        The answer before goes in as mask prompt (see `takes_masks`). For a first click alone the best of three masks is taken, as far as
         the system has them.
         """
         now = self._steps[-1]
@@ -323,7 +327,7 @@ class Predictor:
         places, labels = (
             (np.array([p[:2] for p in points]), np.array([p[2] for p in points])) if points else (None,) * 2
         )
-        unclear = len(points) == 1 and box is None and logits is None and self._three
+        unclear = len(points) == 1 and box is None and logits is None and self.knows_three
         answer = self.predict(places, labels, None if box is None else np.array(box), logits, multimask=unclear)
         best = int(answer.scores.argmax())
         step = _Step(points, box, answer.masks[best], float(answer.scores[best]), answer.logits[best])

@@ -77,7 +77,7 @@ def propagate(
     stop = StopRule() if stop is None else stop
     box, sure = _widened(mask, widen), predictor.as_prompt(mask)
     plain, guided = (predictor.predict(box=box, mask=given, index=index) for given in (None, sure))
-    guide = _common(guided.masks[0], mask) > _common(plain.masks[0], mask)
+    guide = predictor.takes_masks and _common(guided.masks[0], mask) > _common(plain.masks[0], mask)
     usual = float((guided if guide else plain).scores[0])
     object_gray = predictor.gray(index)[mask]
     mean, spread = float(object_gray.mean()), max(float(object_gray.std()), _LEAST_SPREAD)

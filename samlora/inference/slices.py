@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from samlora.data.augment import nearest_index, zoom_matrix
 from samlora.data.grid import neighbours
 from samlora.errors import InputError
+from samlora.inference.volumes import predict_patches
 from samlora.model.methods import system_row
 
 
@@ -45,7 +46,7 @@ def predict_slices(
     progress: Callable[[int], object] | None = None,
     with_neighbours: bool = False,
 ) -> np.ndarray:
-    """Labels of every slice of a stack.
+    """Labels of every slice of a stack; a model of volumes is slid over all of it (samlora.inference.volumes).
 
     model: on `device`; logits (B, C, S/4, S/4) from images (B, 3, S, S). image: (D, H, W) or (D, H, W, channels)
     float32, as the recipe makes it. image_size: S. precision: of the forward pass (autocast unless float32).
@@ -54,6 +55,8 @@ def predict_slices(
     Returns labels (D, H, W), uint8, or uint16 for more than 255 classes: cubic spline zoom to S, bilinear
     zoom of the logits to S, argmax, nearest zoom back.
     """
+    if getattr(model, "volumetric", False):
+        return predict_patches(model, image, input_size, batch_size, device, precision, progress)
     depth, height, width = image.shape[:3]
     rows, cols = (torch.from_numpy(enlarge(n, input_size, image_size)).to(device) for n in (height, width))
     back = [nearest_index(image_size, n) for n in (height, width)]

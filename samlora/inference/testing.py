@@ -29,7 +29,7 @@ from samlora.inference.slices import check_automatic, predict_slices
 from samlora.journal import Journal
 from samlora.model.checkpoint import Spec, guess_spec, read_adapter
 from samlora.model.lora import merge
-from samlora.model.methods import load_model, named_system
+from samlora.model.methods import load_model, named_system, system_row
 
 PUBLISHED_INPUT_SIZE = 224
 CASES_SHOWN = 12  # in report.html, the worst
@@ -151,9 +151,17 @@ def load_tested(config: TestConfig) -> nn.Module:
 
 
 def wanted_input_size(config: TestConfig, spec: Spec) -> int | None:
-    """The side slices are shrunk to before they are enlarged to the model's size, or None."""
+    """The side slices are shrunk to before they are enlarged to the model's size, or None.
+
+    Raises InputError where it has to be given: stretched slices of another size are blurred, volumes of another scale.
+    """
     if config.input_size is not None:
         return config.input_size or None
+    if spec.recipe is None and system_row(spec.system).volumetric:
+        raise InputError(
+            "--input_size is missing: the adapter holds no recipe, so the size of its training slices is not known; "
+            "give their side, or 0 where these volumes are as they were"
+        )
     return PUBLISHED_INPUT_SIZE if spec.recipe is None else Recipe.from_dict(spec.recipe).size
 
 

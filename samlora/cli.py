@@ -273,7 +273,7 @@ def _compare_flags(parser: argparse.ArgumentParser) -> None:
     from samlora.options import add_flags
 
     parser.add_argument(
-        "configs", metavar="CONFIG", nargs="+", help="YAML of a system, or the name of a shipped one; lists are ablations"
+        "configs", metavar="CONFIG", nargs="+", help="YAML of a system, or a shipped one's name; lists are ablations"
     )
     parser.add_argument("-o", dest="output", metavar="OUT", default=argparse.SUPPRESS, help="the same as --output")
     add_flags(parser, CompareConfig)

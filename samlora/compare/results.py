@@ -1,0 +1,288 @@
+"""What came of the runs: figures over folds and seeds, tests over patients, tables as CSV and Markdown."""
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from samlora.compare.job import Job
+from samlora.evaluation.frames import case_mean
+from samlora.evaluation.measures import Shown
+from samlora.evaluation.statistics import ALPHA, Paired, holm, paired, smallest_p, too_few
+from samlora.files import whole
+
+TASKS = {
+    "automatic": "Automatic: all classes, without prompts",
+    "prompted": "Prompted: told by the reference where each object is",
+}
+PROMPTED_NOTE = (
+    "These answer prompts drawn from the reference: they are told which classes a slice shows and where, and only say "
+    "how far each reaches. That is another and easier task than to find them; never compare these figures with those "
+    "of automatic systems."
+)
+
+
+def measures(unit: str) -> list[Shown]:
+    """What the tables show. F1 over voxels is Dice, so it has no column of its own."""
+    return [
+        Shown("dice", "Dice (= F1)", "%", 100, 2, "high"),
+        Shown("iou", "IoU", "%", 100, 2, "high"),
+        Shown("precision", "Precision", "%", 100, 2, "high"),
+        Shown("recall", "Recall", "%", 100, 2, "high"),
+        Shown("hd95", "HD95", unit, 1.0, 2, "low"),
+    ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its result.json."""
+
+    job: Job
+    result: Mapping
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a table: one system, doing one task, trained on `shots` cases (None: all), in several runs."""
+
+    name: str
+    task: str
+    shots: int | None
+    runs: tuple[Run, ...]
+
+    def cases(self, run: Run) -> Mapping[str, Mapping[int, Mapping[str, float]]]:
+        """case -> label -> measures of one of its runs."""
+        return run.result["ways"][self.task]["cases"]
+
+    def means(self, measure: str, label: int | None = None) -> np.ndarray:
+        """A value per run: the mean over its held-out cases of one class, or the mean of these over the classes."""
+        found = []
+        for run in self.runs:
+            labels = self.class_names if label is None else (label,)
+            cases = self.cases(run).values()
+            found.append(_mean([_mean([case.get(n, {}).get(measure, math.nan) for case in cases]) for n in labels]))
+        return np.array(found)
+
+    def per_patient(self, patient_of: Callable[[str], str], measure: str = "dice") -> dict[str, float]:
+        """patient -> mean over classes, its cases and the seeds."""
+        found: dict[str, list[float]] = {}
+        for run in self.runs:
+            for case, labels in self.cases(run).items():
+                found.setdefault(patient_of(case), []).append(case_mean(labels, measure))
+        return {patient: _mean(values) for patient, values in sorted(found.items())}
+
+    def per_case(self, label: int, measure: str) -> dict[str, float]:
+        """case -> mean over seeds of the measure of one class."""
+        found: dict[str, list[float]] = {}
+        for run in self.runs:
+            for case, labels in self.cases(run).items():
+                found.setdefault(case, []).append(labels.get(label, {}).get(measure, math.nan))
+        return {case: _mean(values) for case, values in sorted(found.items())}
+
+    def fact(self, name: str) -> float:
+        """The median over the runs of a number in their results: seconds, peak_memory_bytes ..."""
+        values = np.array([run.result[name] for run in self.runs], float)
+        return float(np.median(values[~np.isnan(values)])) if not np.isnan(values).all() else math.nan
+
+    @property
+    def seconds_per_case(self) -> float:
+        """The median over all held-out cases: the first of a run takes longer."""
+        return float(np.median([s for run in self.runs for s in run.result["ways"][self.task]["seconds"].values()]))
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        return dict(enumerate(self.runs[0].result["class_names"], start=1))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Entries that may be compared: one task, one number of training cases. The best first.
+
+    tests: for every entry but the best its test against the best, with p after Holm's correction. too_few: why no
+    test could say anything, or "".
+    """
+
+    task: str
+    shots: int | None
+    entries: tuple[Entry, ...]
+    tests: Mapping[str, Paired]
+    too_few: str
+
+    @property
+    def title(self) -> str:
+        shots = "" if self.shots is None else f"; {self.shots} training case{'s' * (self.shots > 1)}"
+        return TASKS[self.task] + shots
+
+    def verdict(self, entry: Entry) -> str:
+        """What the test says, in as few words as a table has room for."""
+        if entry is self.entries[0]:
+            return "best mean" if len(self.entries) > 1 else ""
+        if self.too_few:
+            return "too few patients"
+        p = self.tests[entry.name].p
+        if math.isnan(p):
+            return "-"
+        told = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+        return told if p < ALPHA else f"{told}, not told apart"
+
+
+def collect(runs: Sequence[Run]) -> list[Entry]:
+    """The lines of all tables, in the order of the runs."""
+    found: dict[tuple, list[Run]] = {}
+    for run in runs:
+        for task in run.result["ways"]:
+            found.setdefault((run.job.name, task, run.job.shots), []).append(run)
+    return [Entry(name, task, shots, tuple(of)) for (name, task, shots), of in found.items()]
+
+
+def grouped(entries: Sequence[Entry], patient_of: Callable[[str], str]) -> list[Group]:
+    """Automatic and prompted apart, each number of training cases apart; all cases first, then the most."""
+    keys = {(entry.task, entry.shots) for entry in entries}
+    order = sorted(keys, key=lambda key: (key[0], -math.inf if key[1] is None else -key[1]))
+    return [
+        _group(task, shots, [e for e in entries if (e.task, e.shots) == (task, shots)], patient_of)
+        for task, shots in order
+    ]
+
+
+def _group(task: str, shots: int | None, entries: Sequence[Entry], patient_of: Callable[[str], str]) -> Group:
+    means = {entry.name: _mean(entry.means("dice")) for entry in entries}
+    ordered = sorted(entries, key=lambda entry: (math.isnan(means[entry.name]), -means[entry.name]))
+    best, *others = ordered
+    against = best.per_patient(patient_of)
+    found = [paired(entry.per_patient(patient_of), against) for entry in others]
+    tests = {
+        entry.name: Paired(test.count, test.difference, p)
+        for entry, test, p in zip(others, found, holm([test.p for test in found]))
+    }
+    patients, why = len(against), ""
+    if others and too_few(patients, len(others)):
+        least = min(1.0, smallest_p(patients) * len(others))
+        counted = f"{len(others)} comparisons" if len(others) > 1 else "one comparison"
+        why = (
+            f"{patients} patients are too few to tell systems apart: with {counted} no result could have p below "
+            f"{least:.3g}"
+        )
+    return Group(task, shots, tuple(ordered), tests, why)
+
+
+def mean_sd(values: np.ndarray, shown: Shown) -> str:
+    """Mean and sample standard deviation over runs as text."""
+    defined = values[~np.isnan(values)]
+    text = shown.text(_mean(defined))
+    return text + (f" ± {shown.text(float(defined.std(ddof=1)))}" if defined.size > 1 else "")
+
+
+def costs(entry: Entry) -> dict[str, str]:
+    """What a system costs, as the tables show it."""
+    memory = entry.fact("peak_memory_bytes")
+    return {
+        "Trained": f"{entry.fact('trained_parameters') / 1e6:.2f} M",
+        "Parameters": f"{entry.fact('total_parameters') / 1e6:.2f} M",
+        "Adapter [MB]": f"{entry.fact('adapter_bytes') / 1e6:.1f}",
+        "Steps": f"{entry.fact('steps'):.0f}",
+        "Training [s]": f"{entry.fact('seconds'):.0f}",
+        "Memory [GB]": "-" if math.isnan(memory) else f"{memory / 1e9:.2f}",
+        "Per volume [s]": f"{entry.seconds_per_case:.2f}",
+    }
+
+
+def markdown(groups: Sequence[Group], facts: Mapping[str, str], notes: Sequence[str], unit: str) -> str:
+    """All tables as Markdown."""
+    lines = ["# Comparison", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
+    lines += [f"> {note}" for note in notes] + [""] * bool(notes)
+    shown = measures(unit)
+    for group in groups:
+        lines += [f"## {group.title}", ""]
+        if group.task == "prompted":
+            lines += [PROMPTED_NOTE, ""]
+        heads = ["System", *(one.head for one in shown), "against the best", *costs(group.entries[0])]
+        rows = [
+            [entry.name, *(mean_sd(entry.means(one.key), one) for one in shown), group.verdict(entry)]
+            + [*costs(entry).values()]
+            for entry in group.entries
+        ]
+        lines += [*_table(heads, rows), ""]
+        if group.too_few:
+            lines += [f"{group.too_few}.", ""]
+        names = group.entries[0].class_names
+        for one in (shown[0], shown[-1]):
+            rows = [[e.name, *(mean_sd(e.means(one.key, n), one) for n in names)] for e in group.entries]
+            lines += [f"{one.head} per class", "", *_table(["System", *names.values()], rows), ""]
+    lines += [*READING, ""]
+    return "\n".join(lines)
+
+
+READING = (
+    "Mean ± sample standard deviation over the runs (folds x seeds) of the mean over a run's held-out cases. The runs "
+    "of a cross-validation share training cases, so the deviation is no standard error.",
+    "Against the best: two-sided Wilcoxon signed-rank test over patients of the mean Dice over classes, cases and "
+    "seeds, against the system with the best mean in the same table; p after Holm's correction over the table. The "
+    "best was chosen by the same figures.",
+    "Strict policy: a class in one of the two maps only has Dice 0 and the diagonal of the volume as HD95; in neither "
+    "it is left out.",
+)
+
+
+def write_cases(path: Path, runs: Sequence[Run]) -> None:
+    """results.csv: every measure of every held-out case, class and run."""
+    keys = [key for key in dict.fromkeys(_all_keys(runs))]
+    with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["system", "task", "training_cases", "fold", "seed", "case", "label", "class", *keys])
+        for run in runs:
+            names = dict(enumerate(run.result["class_names"], start=1))
+            for task, way in run.result["ways"].items():
+                head = [run.job.name, task, len(run.job.train), run.job.fold, run.job.seed]
+                for case, labels in way["cases"].items():
+                    for label, values in labels.items():
+                        numbers = [f"{values.get(key, math.nan):.10g}" for key in keys]
+                        writer.writerow([*head, case, label, names[label], *numbers])
+
+
+def _all_keys(runs: Sequence[Run]) -> Iterable[str]:
+    for run in runs:
+        for way in run.result["ways"].values():
+            for labels in way["cases"].values():
+                for values in labels.values():
+                    yield from values
+
+
+def write_summary(path: Path, groups: Sequence[Group], unit: str) -> None:
+    """summary.csv: a row per system, task, number of training cases and class ("all classes" first)."""
+    shown = measures(unit)
+    figures = [f"{one.key}_{of}" for one in shown for of in ("mean", "sd")]
+    costs = ("trained_parameters", "total_parameters", "adapter_bytes", "steps", "seconds", "peak_memory_bytes")
+    with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        tested = ["difference_to_best", "p_holm"]
+        writer.writerow(["system", "task", "shots", "runs", "class", *figures, *tested, *costs, "seconds_per_volume"])
+        for group in groups:
+            for entry in group.entries:
+                test = group.tests.get(entry.name)
+                for label, name in {None: "all classes", **entry.class_names}.items():
+                    row = [entry.name, group.task, group.shots or "all", len(entry.runs), name]
+                    for one in shown:
+                        values = entry.means(one.key, label)
+                        values = values[~np.isnan(values)]
+                        sd = float(values.std(ddof=1)) if values.size > 1 else math.nan
+                        row += [f"{_mean(values):.10g}", f"{sd:.10g}"]
+                    told = test if label is None else None
+                    row += [f"{told.difference:.10g}", f"{told.p:.10g}"] if told else ["", ""]
+                    row += [f"{entry.fact(cost):.10g}" for cost in costs] + [f"{entry.seconds_per_case:.6g}"]
+                    writer.writerow(row)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(heads), "|---|" + "---:|" * (len(heads) - 1), *map(line, rows)]
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    defined = [value for value in values if not math.isnan(value)]
+    return float(np.mean(defined)) if defined else math.nan

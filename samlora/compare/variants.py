@@ -1,0 +1,171 @@
+"""What is compared: configurations, with lists of values spread out into variants, and overrides where they fit."""
+
+import itertools
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from samlora.errors import InputError
+from samlora.model.checkpoint import find_base
+from samlora.model.methods import System, named_system, system_options, system_row
+from samlora.model.sam import VARIANTS
+from samlora.options import make, read_yaml
+from samlora.training.config import TrainConfig
+from samlora.training.objectives import prompting_of
+
+# What the comparison decides itself, so that all systems get the same.
+OWN = ("root_path", "output", "list_dir", "dataset", "seed", "val_cases", "resume")
+_OF_A_BASE = ("vit_name", "ckpt", "lora_ckpt", "checkpointing", "cache_embeddings")
+_OF_LORA = ("rank", "lora_layers", "lora_plus")
+_OF_PROMPTS = ("prompt", "box_jitter", "sample_num", "negative_num", "point_strategy", "max_objects")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One system as it is trained: its name in tables, and the options of training that were given.
+
+    ways: how it answers, "automatic" and/or "prompted".
+    """
+
+    name: str
+    system: str
+    values: Mapping[str, Any]
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        row = system_row(self.system)
+        return ("automatic",) * row.automatic + ("prompted",) * row.promptable
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder's."""
+        return re.sub(r"[^\w.=+-]+", "_", self.name)
+
+    def find_base(self) -> Path | None:
+        """The file of its base weights; None where it has none. Raises MissingFileError."""
+        row, ckpt = system_row(self.system), self.values.get("ckpt")
+        if row.network or ckpt == "random":
+            return None
+        path = Path(ckpt) if ckpt else find_base(self.values.get("vit_name") or row.variant)
+        if not path.is_file():
+            raise InputError(f"{self.name}: there are no base weights at {path}; give others with --set ckpt=FILE")
+        return path
+
+
+def find_variants(sources: Sequence[str], given: Mapping[str, Any]) -> tuple[list[Variant], list[str]]:
+    """The variants of all configurations (YAML files or names of shipped ones), and notes about what was left out.
+
+    given: options for all of them. Raises InputError for options that cannot be used, before anything is trained.
+    """
+    taken = next((name for name in given if name in OWN), None)
+    if taken:
+        raise InputError(f"--set {taken}={given[taken]}: samlora compare decides it; leave it out")
+    if "system" in given or "module" in given:
+        raise InputError("--set system: name the systems as configurations, one YAML each")
+    variants, notes = [], []
+    for source in sources:
+        found, remarks = _spread(source, given)
+        variants, notes = variants + found, notes + remarks
+    slugs = [variant.slug for variant in variants]
+    twice = next((v.name for v in variants if slugs.count(v.slug) > 1), None)
+    if twice:
+        raise InputError(f"two systems are called {twice}; rename one of the YAML files, or give it once")
+    for variant in variants:
+        _check(variant)
+    return variants, notes
+
+
+def _spread(source: str, given: Mapping[str, Any]) -> tuple[list[Variant], list[str]]:
+    """All variants of one configuration: every combination of the values in its lists."""
+    values, stem, notes = read_yaml(source), Path(source).stem, []
+    own = [name for name in values if name in OWN]
+    if own:
+        notes.append(f"{stem}: {', '.join(own)} of the YAML left out: samlora compare decides it")
+    values = {name: value for name, value in values.items() if name not in OWN}
+    for name in ("system", "module"):
+        if isinstance(values.get(name), list):
+            raise InputError(f"{source}: {name} is a list; give one YAML for each system")
+    system = named_system(values.get("system"), values.get("module")) or "samed"
+    row = system_row(system)
+    unfit = [name for name, value in given.items() if not fits(row, name, value)]
+    of_system = given["options"] if isinstance(given.get("options"), Mapping) else {}
+    unfit += [f"options {key}" for key in of_system if key not in row.options and "options" not in unfit]
+    if unfit:
+        notes.append(f"{stem}: {', '.join(f'--set {name}' for name in unfit)} left out: {system} has no such option")
+    for name, value in given.items():
+        if name == "options" and isinstance(value, Mapping):
+            known, former = {key: of for key, of in value.items() if key in row.options}, values.get("options") or {}
+            merged = [{**one, **known} for one in (former if isinstance(former, list) else [former])]
+            values["options"] = merged if isinstance(former, list) else merged[0]
+        elif name not in unfit:
+            values[name] = value
+    choices = {name: _choices(name, value) for name, value in values.items()}
+    several = [name for name, found in choices.items() if len(found) > 1]
+    variants = []
+    for chosen in itertools.product(*choices.values()):
+        one = dict(zip(choices, chosen))
+        told = "".join(f" {name}={_told(one[name])}" for name in several)
+        variants.append(Variant(stem + told, system, one))
+    return variants, notes
+
+
+def fits(row: System, name: str, value: Any) -> bool:
+    """Whether an option of training, given for all systems, means anything to the system of a row."""
+    if row.network and name in (*_OF_A_BASE, "options"):
+        return False
+    if name in _OF_LORA:
+        return row.lora
+    if name in _OF_PROMPTS:
+        return row.promptable
+    if name == "prompt_ratio":
+        return row.objective == "joint"
+    if name == "dice_param":
+        return row.objective in ("classes", "joint")
+    if name == "vit_name" and row.variant in VARIANTS:
+        # A TinyViT is no size of the plain ViT: its system would become another one.
+        named = value if isinstance(value, list) else [value]
+        return all(v not in VARIANTS or VARIANTS[v].tiny == VARIANTS[row.variant].tiny for v in named)
+    return True
+
+
+def _choices(name: str, value: Any) -> list[Any]:
+    """The values an option is to take: the items of a list where the option itself is none."""
+    hints = typing.get_type_hints(TrainConfig)
+    if not isinstance(value, list) or name not in hints:
+        return [value]
+    takes_list = typing.get_origin(hints[name]) is tuple
+    if takes_list and not (value and all(isinstance(item, list) for item in value)):
+        return [value]
+    if not value:
+        raise InputError(f"{name}: [] is an empty list; give a value, or values to compare")
+    return value
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={_told(of)}" for key, of in value.items())
+    if isinstance(value, list):
+        return ",".join(map(_told, value)) or "all"
+    return str(value)
+
+
+def _check(variant: Variant) -> None:
+    """Raises InputError, naming the variant, for options that its training would refuse."""
+    try:
+        config = make(TrainConfig, variant.values)
+        if not system_row(variant.system).trains:
+            raise InputError(f"nothing of the system {variant.system} trains; it cannot be compared by training")
+        system_options(variant.system, config.options)
+        prompting_of(config, variant.system)
+        alone = {f.name: f.default for f in fields(TrainConfig) if f.name in ("n_gpu", "num_nodes")}
+        for name, usual in alone.items():
+            if getattr(config, name) != usual:
+                raise InputError(f"{name} {getattr(config, name)}: every run trains on one device; see --devices")
+        variant.find_base()  # a missing file is known before the first run
+    except InputError as error:
+        raise InputError(f"{variant.name}: {error}") from None

@@ -1,0 +1,416 @@
+"""Several systems on the same splits: who trains on what, what is not done twice, what the table says."""
+
+import csv
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from samlora.cli import main
+from samlora.compare import compare as module
+from samlora.compare.compare import compare
+from samlora.compare.config import CompareConfig
+from samlora.compare.drawing import Axis, Line, plot
+from samlora.compare.folds import make_folds
+from samlora.compare.job import Job, read_held
+from samlora.compare.results import Entry, Run, grouped
+from samlora.compare.running import run_all
+from samlora.compare.variants import find_variants
+from samlora.data.dataset import find_slices
+from samlora.data.grid import Volume
+from samlora.data.prepare import prepare
+from samlora.data.volume import write_volume
+from samlora.errors import InputError
+from samlora.evaluation.statistics import holm, paired, smallest_p, too_few
+from samlora.training.config import TrainConfig
+from samlora.training.loop import train
+
+STEPS = 4
+SMALL = {
+    "vit_name": "vit_ti",
+    "img_size": 64,
+    "batch_size": 2,
+    "accumulate": 1,
+    "max_iterations": STEPS,
+    "device": "cpu",
+    "warmup_period": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four patients, one of them with two scans: bright boxes of two classes, slices 3 mm apart, pixels of 0.5 mm."""
+    folder = tmp_path_factory.mktemp("compare")
+    rng = np.random.default_rng(0)
+    for name in ("a_1", "a_2", "b_1", "c_1", "d_1"):
+        label = np.zeros((48, 48, 5), np.uint8)
+        left, top = rng.integers(4, 12, 2)
+        label[left : left + 16, top : top + 20, 1:4] = 1
+        label[left + 18 : left + 30, top : top + 16, 1:3] = 2
+        image = (100 * label + rng.normal(0, 10, label.shape)).astype(np.int16)
+        affine = np.diag([-0.5, -0.5, 3.0, 1.0])
+        write_volume(Volume(image, affine, 1, 1), folder / "source/images" / f"{name}.nii.gz")
+        write_volume(Volume(label, affine, 1, 1), folder / "source/labels" / f"{name}.nii.gz")
+    recipe = folder / "boxes.yaml"
+    recipe.write_text(
+        "name: boxes\nmodality: ct\nwindow: [-100, 300]\norientation: LPS\nsize: 32\nkeep: foreground\n"
+        "patient: '([a-z])_.*'\nclasses: {near: 1, far: 2}\n"
+    )
+    prepare(folder / "source", folder / "data", str(recipe), test_fraction=0.0, workers=1)
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def systems(tmp_path_factory):
+    """An automatic system and a prompted one."""
+    folder = tmp_path_factory.mktemp("systems")
+    (folder / "mine.yaml").write_text("system: samed\nrank: 2\nval_cases: [b_1]\nwarmup_period: 1\n")
+    (folder / "asked.yaml").write_text("system: medsam_decoder\nprompt: box\naugment: none\n")
+    return [str(folder / "mine.yaml"), str(folder / "asked.yaml")]
+
+
+@pytest.fixture(scope="module")
+def finished(data, systems, tmp_path_factory):
+    """A whole comparison in this process: two systems, two folds, one seed."""
+    config = CompareConfig(
+        data=str(data), output=str(tmp_path_factory.mktemp("out") / "out"), folds=2, jobs=0, set=SMALL
+    )
+    return config, compare(systems, config)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_case_is_measured_once_by_a_training_that_has_not_seen_its_patient(finished):
+    config, groups = finished
+    for group in groups:
+        for entry in group.entries:
+            held = [case for run in entry.runs for case in run.job.held]
+            assert sorted(held) == ["a_1", "a_2", "b_1", "c_1", "d_1"]
+            for run in entry.runs:
+                seen = {name[0] for name in run.job.train}
+                listed = (run.job.folder / "train.txt").read_text().split()
+                assert {name[0] for name in listed} == seen and not seen & {name[0] for name in run.job.held}
+                assert set(entry.cases(run)) == set(run.job.held)
+                facts = json.loads((run.job.folder / run.result["run"] / "run.json").read_text())
+                assert facts["train_slices"] == len(listed) and facts["steps"] == STEPS
+    first, second = (group.entries[0] for group in groups)
+    assert [run.job.held for run in first.runs] == [run.job.held for run in second.runs]
+
+
+def test_automatic_and_prompted_systems_stand_apart_and_are_marked(finished):
+    config, groups = finished
+    assert [(group.task, [e.name for e in group.entries]) for group in groups] == [
+        ("automatic", ["mine"]), ("prompted", ["asked"]),
+    ]  # fmt: skip
+    page, text = ((module.Path(config.output) / name).read_text() for name in ("report.html", "comparison.md"))
+    assert text.count("never compare these figures") == 1 and "two tasks, two tables" in text
+    asked, mine = (
+        page.count(f'title="{name}">{name}</span><span class="mark">prompted</span>') for name in ("asked", "mine")
+    )
+    assert asked >= 3 and mine == 0
+    assert "asked (prompted)" in page and "val_cases of the YAML left out" in text
+    assert "http" not in page.replace("http-equiv", "") and "<script" not in page
+
+
+def test_the_files_hold_every_case_class_and_run(finished):
+    config, groups = finished
+    rows = rows_of(module.Path(config.output) / "results.csv")
+    assert len(rows) == 2 * 5 * 2  # systems, cases, classes
+    for group in groups:
+        entry = group.entries[0]
+        of = [row for row in rows if row["system"] == entry.name]
+        for run, mean in zip(entry.runs, entry.means("dice")):
+            classes = [
+                np.nanmean([float(r["dice"]) for r in of if int(r["fold"]) == run.job.fold and r["class"] == name])
+                for name in ("near", "far")
+            ]
+            assert mean == pytest.approx(np.mean(classes))
+    summary = rows_of(module.Path(config.output) / "summary.csv")
+    assert [row["class"] for row in summary] == ["all classes", "near", "far"] * 2
+    for row in summary:
+        assert float(row["trained_parameters"]) < float(row["total_parameters"]) and float(row["adapter_bytes"]) > 1e4
+        assert math.isnan(float(row["peak_memory_bytes"]))  # in this process it would be that of all runs
+
+
+def test_distances_are_in_millimetres_of_the_volume_the_slices_came_from(data):
+    slices = [item for item in find_slices(data) if item.case == "b_1"]
+    held = read_held(data, "b_1", slices)
+    assert held.spacing == pytest.approx((3.0, 0.75, 0.75))  # 48 pixels of 0.5 mm became 32
+    assert len(held.truth) == 3 and held.placed(held.truth).shape == (5, 32, 32)
+    assert held.placed(held.truth)[[1, 2, 3]].any(axis=(1, 2)).all() and not held.placed(held.truth)[[0, 4]].any()
+
+
+def test_a_second_call_trains_nothing_and_a_lost_result_is_made_again_alone(finished, systems, monkeypatch):
+    config, groups = finished
+    trained = []
+
+    def counted(made):
+        trained.append(made.output)
+        return train(made)
+
+    monkeypatch.setattr("samlora.training.loop.train", counted)
+    before = (module.Path(config.output) / "results.csv").read_bytes()
+    compare(systems, config)
+    assert not trained and (module.Path(config.output) / "results.csv").read_bytes() == before
+    lost = groups[0].entries[0].runs[1].job
+    (lost.folder / "result.json").unlink()
+    compare(systems, config)
+    assert trained == [str(lost.folder)]
+    assert (module.Path(config.output) / "results.csv").read_bytes() == before
+
+
+def test_results_of_other_options_are_refused_not_mixed(finished, systems):
+    config, _ = finished
+    with pytest.raises(InputError, match=f"max_iterations {STEPS}, not 7; choose another --output, or --overwrite"):
+        compare(systems, replace(config, set=SMALL | {"max_iterations": 7}))
+    with pytest.raises(InputError, match="other held"):
+        compare(systems, replace(config, folds=3))
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_in_the_table(data, systems, tmp_path, monkeypatch):
+    def fails(job, own_process=True):
+        raise InputError(f"no luck with {job.name}")
+
+    monkeypatch.setattr("samlora.compare.running.run_job", fails)
+    config = CompareConfig(data=str(data), output=str(tmp_path / "out"), folds=2, jobs=0, set=SMALL)
+    with pytest.raises(InputError, match="no run succeeded; the first: mine, fold 0, seed 1234: no luck with mine"):
+        compare(systems, config)
+
+
+@pytest.mark.slow
+def test_an_own_process_is_stopped_with_its_step_saved_and_goes_on(data, systems, tmp_path, capsys):
+    """By the command, as a user has it: SIGTERM to samlora, then the same command again."""
+    settings = [f"{name}={value}" for name, value in (SMALL | {"max_iterations": 12}).items()]
+    arguments = [
+        "compare",
+        systems[0],
+        "--data",
+        str(data),
+        "--folds",
+        "2",
+        "-o",
+        str(tmp_path / "out"),
+        "--pictures",
+        "0",
+    ]
+    command = [sys.executable, "-m", "samlora", *arguments, "--set", *settings, "save_steps=1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 120
+        while not list(tmp_path.glob("out/runs/mine/fold0_seed1234/*/state.pt")) and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    state = next(tmp_path.glob("out/runs/mine/fold0_seed1234/*/state.pt"))
+    assert state.is_file() and not list(tmp_path.glob("out/runs/mine/*/result.json"))
+    assert main([*arguments, "--set", *settings, "--jobs", "0"]) == 0
+    assert "continued at step" in capsys.readouterr().out
+
+
+def test_processes_are_dealt_to_devices_and_one_that_fails_stops_no_other(tmp_path, monkeypatch):
+    started, told = [], {}
+
+    def start(job, slots, gpu):
+        """Stands in for a training: a process that ends as its job says."""
+        code = {"wrong": "print('samlora: --ckpt x: no'); sys.exit(2)", "dead": "sys.exit(9)"}.get(job.name, "")
+        started.append((job.name, slots, gpu))
+        with open(job.folder / "output.txt", "w") as output:
+            return subprocess.Popen([sys.executable, "-c", f"import sys; {code}"], stdout=output)
+
+    monkeypatch.setattr("samlora.compare.running._start", start)
+    jobs = []
+    for name in ("one", "wrong", "dead", "two", "three"):
+        (tmp_path / name).mkdir()
+        jobs.append(Job(name, tmp_path / name, 0, 1, None, {}, (), (), (), False, "", None))
+    run_all(jobs, 2, [0, 3], lambda job, problem: told.update({job.name: problem}))
+    assert [name for name, *_ in started] == [job.name for job in jobs]
+    assert {gpu for *_, gpu in started[:2]} == {0, 3} and {slots for _, slots, _ in started} == {2}
+    assert told["wrong"] == "--ckpt x: no" and told["dead"].startswith("its process ended with code 9")
+    assert told["one"] == told["two"] == told["three"] == ""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_folds_part_the_patients_and_shots_are_nested(seed):
+    patients = {f"{patient}{scan}": patient for patient in "abcdefg" for scan in range(1 + (patient in "cf"))}
+    folds = make_folds(patients, 3, seed)
+    assert sorted(case for fold in folds for case in fold.held) == sorted(patients)
+    for fold in folds:
+        assert sorted((*fold.train, *fold.held)) == sorted(patients)
+        assert not {patients[c] for c in fold.train} & {patients[c] for c in fold.held}
+        sets = [set(fold.shots(count)) for count in range(1, len(fold.train) + 1)]
+        assert all(len(s) == n for n, s in enumerate(sets, 1)) and all(a < b for a, b in zip(sets, sets[1:]))
+        assert set(fold.shots(None)) == sets[-1]
+        among = {patients[c] for c in fold.train}
+        assert {patients[c] for c in sets[len(among) - 1]} == among  # every patient once before any twice
+    assert make_folds(dict(reversed(patients.items())), 3, seed) == folds
+    with pytest.raises(InputError, match="has 7 patients"):
+        make_folds(patients, 8, seed)
+
+
+def test_few_shot_runs_give_a_table_for_each_number_of_cases(data, systems, tmp_path):
+    asked = CompareConfig(
+        data=str(data), output=str(tmp_path / "out"), folds=2, shots=("1,50", "all"), jobs=0, set=SMALL
+    )
+    assert asked.wanted_shots == [1, 50, None]
+    groups = compare(systems[:1], replace(asked, set=SMALL | {"max_iterations": 1}))
+    assert [group.shots for group in groups] == [None, 1]
+    every, one = ([run.job.train for run in group.entries[0].runs] for group in groups)
+    assert all(len(small) == 1 and set(small) < set(large) for small, large in zip(one, every))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Dice against training cases" in page and "--shots 50 left out" in page
+
+
+def test_lists_of_a_yaml_become_named_variants(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "system: samed\nvit_name: vit_ti\nrank: [1, 4]\nlora_layers: [[0, 1], []]\nwarmup: false\n"
+    )
+    (tmp_path / "steps.yaml").write_text("system: unet\nschedule: step\nschedule_steps: [10, 20]\n")
+    variants, notes = find_variants(
+        [str(tmp_path / "mine.yaml"), str(tmp_path / "steps.yaml")], {"base_lr": [0.1, 0.2]}
+    )
+    assert [v.name for v in variants if v.system == "unet"] == ["steps base_lr=0.1", "steps base_lr=0.2"]
+    mine = [v for v in variants if v.system == "samed" and v.values["base_lr"] == 0.1]
+    assert [v.name for v in mine] == [
+        f"mine rank={rank} lora_layers={layers} base_lr=0.1" for rank in (1, 4) for layers in ("0,1", "all")
+    ]
+    assert [(v.values["rank"], v.values["lora_layers"]) for v in mine] == [(1, [0, 1]), (1, []), (4, [0, 1]), (4, [])]
+    assert len({v.slug for v in variants}) == 10 and not notes
+
+
+def test_overrides_go_where_they_fit_and_it_is_said():
+    given = {"vit_name": "vit_ti", "rank": 2, "sample_num": 3, "img_size": 64}
+    variants, notes = find_variants(["unet", "samed", "msa"], given)
+    unet, samed, msa = (v.values for v in variants)
+    assert not unet.keys() & {"vit_name", "rank", "sample_num"} and unet["img_size"] == 64
+    assert samed["rank"] == 2 and samed["vit_name"] == "vit_ti" and "sample_num" not in samed
+    assert msa["sample_num"] == 3 and "rank" not in msa and msa["options"] == {"ratio": 0.25, "scale": 0.5}
+    assert [note.split(":")[0] for note in notes] == ["unet", "samed", "msa"]
+    assert "--set vit_name, --set rank, --set sample_num left out" in notes[0]
+    (samed, msa), notes = find_variants(["samed", "msa"], {"options": {"dora": True}, "vit_name": "vit_ti"})
+    assert samed.values["options"] == {"dora": True} and msa.values["options"] == {"ratio": 0.25, "scale": 0.5}
+    assert notes == ["msa: --set options dora left out: msa has no such option"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "given", "message"),
+    [
+        (["unet"], {"seed": 3}, "--set seed=3: samlora compare decides it"),
+        (["unet"], {"system": "samed"}, "name the systems as configurations"),
+        (["unet", "unet"], {}, "two systems are called unet"),
+        (["unet"], {"base_lrr": 3}, "unet: --base_lrr is no option; did you mean base_lr"),
+        (["samed"], {"ckpt": "nowhere.pth"}, "samed: there are no base weights at nowhere.pth"),
+        (["nothing"], {}, "there is no such file"),
+        (["unet"], {"n_gpu": 2}, "every run trains on one device"),
+    ],
+)
+def test_what_cannot_be_compared_is_known_before_anything_trains(sources, given, message):
+    with pytest.raises(InputError, match=message):
+        find_variants(sources, given)
+
+
+def test_options_of_the_command_are_checked():
+    for given, message in (
+        ({"folds": 1}, "--folds 1"), ({"shots": ("0",)}, "--shots 0"), ({"shots": ("some",)}, "--shots some"),
+        ({"devices": ("cpu",)}, "--devices cpu"), ({"jobs": -1}, "--jobs -1"), ({"jobs": 0, "devices": ("0",)}, "--jobs 0"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            CompareConfig(data="d", output="o", **given)
+    assert CompareConfig(data="d", output="o", devices=("cuda:1", "0")).gpus == [1, 0]
+
+
+def test_training_stops_by_the_clock_and_stays_stopped(data, tmp_path, capsys):
+    config = TrainConfig(
+        root_path=str(data), output=str(tmp_path), system="samed", vit_name="vit_ti", img_size=64, batch_size=2,
+        max_iterations=10_000, max_epochs=10_000, stop_epoch=10_000, max_seconds=0.5, device="cpu",
+    )  # fmt: skip
+    run = train(config)
+    facts = json.loads((run / "run.json").read_text())
+    assert 1 <= facts["steps"] < 10_000 and facts["seconds"] >= 0.5
+    assert (run / "adapter_last.safetensors").is_file() and (run / "curves.png").is_file()
+    assert "stopped by the clock" in capsys.readouterr().out
+    again = train(replace(config, resume=True))
+    assert json.loads((again / "run.json").read_text())["steps"] == facts["steps"]
+    longer = train(replace(config, resume=True, max_seconds=0.0, max_iterations=facts["steps"] + 2))
+    assert json.loads((longer / "run.json").read_text())["steps"] == facts["steps"] + 2
+
+
+def test_holm_by_hand():
+    """0.01 x 4; 0.02 x 3; 0.03 x 2 is the same as before; 0.04 would fall and is held up."""
+    assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    kept = holm([math.nan, 0.02, 0.01])
+    assert math.isnan(kept[0]) and kept[1:] == pytest.approx([0.02, 0.02])
+    assert holm([]) == []
+
+
+def test_paired_is_the_signed_rank_test_of_what_both_have():
+    first = {f"p{n}": v for n, v in enumerate([0.9, 0.8, 0.85, 0.7, 0.95, 0.6, 0.5])} | {"alone": 0.1}
+    second = {f"p{n}": v for n, v in enumerate([0.8, 0.75, 0.87, 0.5, 0.65, 0.55, 0.5])} | {"p9": 0.3}
+    test = paired(first, second)
+    differences = [first[f"p{n}"] - second[f"p{n}"] for n in range(6)]  # the seventh pair is equal
+    assert test.count == 6 and test.p == pytest.approx(scipy.stats.wilcoxon(differences).pvalue)
+    assert test.difference == pytest.approx(sum(differences) / 7)
+    assert paired(first, first).p == 1.0 and math.isnan(paired(first, {}).p)
+    one_sided = paired({str(n): n + 1.0 for n in range(6)}, {str(n): 0.0 for n in range(6)})
+    assert one_sided.p == pytest.approx(smallest_p(6)) == 0.03125
+    assert too_few(5, 1) and not too_few(6, 1) and too_few(6, 2)
+
+
+def drawn(name, values):
+    """An entry of one run whose cases have one class with these Dice values."""
+    cases = {f"c{n}": {1: {"dice": v, "hd95": 1.0}} for n, v in enumerate(values)}
+    job = Job(name, None, 0, 1, None, {}, ("automatic",), (), tuple(cases), False, "", None)
+    return Entry(name, "automatic", None, (Run(job, {"ways": {"automatic": {"cases": cases}}, "class_names": ["x"]}),))
+
+
+def test_the_table_says_when_it_can_say_nothing():
+    rng = np.random.default_rng(0)
+    values = rng.uniform(0.4, 0.6, 12)
+    alike = values + rng.choice([-0.001, 0.001], 12) * rng.uniform(0.5, 1.5, 12)
+    (group,) = grouped([drawn("low", values - 0.2), drawn("high", values), drawn("alike", alike)], str)
+    verdicts = {entry.name: group.verdict(entry) for entry in group.entries}
+    assert sorted(verdicts.values())[0] == "best mean" and verdicts["low"] in ("p < 0.001", "p = 0.001")
+    assert "not told apart" in (verdicts["alike"] + verdicts["high"]) and group.entries[-1].name == "low"
+    (few,) = grouped([drawn("low", [0.1, 0.2, 0.3]), drawn("high", [0.8, 0.9, 0.95])], str)
+    assert few.verdict(few.entries[1]) == "too few patients" and "p below 0.25" in few.too_few
+    scans = grouped([drawn("low", values - 0.2), drawn("high", values)], lambda case: "one patient")[0]
+    assert scans.too_few  # twelve scans of one patient are one patient
+
+
+def test_plots_escape_names_and_keep_points_inside():
+    lines = [
+        Line("<b>", "#123456", [(1.0, 0.5, 0.1), (10.0, 0.9, math.nan)]),
+        Line("one", "#654321", [(5.0, 0.2, 0.0)], True),
+    ]
+    figure = plot("a & b", "", lines, Axis("cases", True), Axis("Dice [%]", scale=100), joined=True, marks=True)
+    assert "<b>" not in figure and "&lt;b&gt;" in figure and "a &amp; b" in figure and "stroke-dasharray" not in figure
+    import re
+
+    places = [(float(x), float(y)) for x, y in re.findall(r'circle cx="([\d.]+)" cy="([\d.]+)"', figure)]
+    assert len(places) == 3 and all(56 <= x <= 604 and 12 <= y <= 284 for x, y in places)
+    assert places[1][1] < places[0][1] < places[2][1]  # higher values stand higher
+
+
+def test_a_result_depends_on_what_is_not_usual_and_on_nothing_that_only_says_where():
+    job = Job(
+        "a", None, 0, 1, None, {"base_lr": 0.1, "device": "cpu"}, ("automatic",), ("x",), ("y",), False, "sha", None
+    )
+    usual = {"rank": TrainConfig().rank, "lora_layers": []}
+    assert replace(job, values={**job.values, **usual, "device": "cuda", "root_path": "there"}).inputs == job.inputs
+    for other in (
+        {"values": {"base_lr": 0.2}},
+        {"train": ("z",)},
+        {"held": ("z",)},
+        {"data": "other"},
+        {"base": ["b", 1, 2]},
+    ):
+        assert replace(job, **other).inputs != job.inputs

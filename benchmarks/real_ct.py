@@ -34,9 +34,8 @@ BATCH = 8
 RECIPE = ROOT / "tests" / "datasets" / "ct_abdomen.yaml"
 
 
-def prepare_patients(data: Path, folder: Path) -> Path:
-    """Both patients in SAMed's layout: the first to train on, the second to test on. Returns the folder."""
-    source = folder / "source"
+def write_patients(data: Path, source: Path) -> Path:
+    """Both patients as NIfTI, images and labels, in `source`, which is returned."""
     pairs = {
         "first": ("ct_abdomen/example_ct.nii.gz", "ct_abdomen/example_seg_fast_force_split.nii.gz"),
         "second": ("dicom_ct/example_ct_dicom", "dicom_ct/example_seg_dicom.nii.gz"),
@@ -46,6 +45,12 @@ def prepare_patients(data: Path, folder: Path) -> Path:
         # The second patient's result shall lie on its labels' grid, as NIfTI.
         write_volume(match_grid(read_volume(data / image), to=labels), source / "images" / f"{name}.nii.gz")
         write_volume(labels, source / "labels" / f"{name}.nii.gz")
+    return source
+
+
+def prepare_patients(data: Path, folder: Path) -> Path:
+    """Both patients in SAMed's layout: the first to train on, the second to test on. Returns the folder."""
+    source = write_patients(data, folder / "source")
     prepare(source, folder / "data", Recipe.load(RECIPE), test_cases=["second"], workers=1)
     return folder / "data"
 

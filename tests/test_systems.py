@@ -1,0 +1,158 @@
+"""Every system that trains, by its row alone: it learns, trains what it says and no more, and its adapter restores it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from samlora.data.augment import Transform
+from samlora.data.batch import make_batch
+from samlora.data.dataset import Sample
+from samlora.errors import InputError
+from samlora.inference.config import TestConfig
+from samlora.inference.testing import load_tested
+from samlora.model.baselines import BASELINES
+from samlora.model.checkpoint import load_trained, read_adapter, save_adapter
+from samlora.model.methods import SYSTEMS, build_model, load_model, trained_names
+from samlora.model.sam import VARIANTS
+from samlora.training.config import TrainConfig
+from samlora.training.objectives import make_objective
+from samlora.training.prompting import draw_objects
+
+TRAINED = [name for name, row in SYSTEMS.items() if row.trains]
+LONG = ("attention_unet", "mobile_sam", "samus")  # more than ten seconds
+CPU = torch.device("cpu")
+MOST_STEPS = 150
+
+
+def least(system: str):
+    """The smallest model that a system's row allows; on the demo base, where it fits."""
+    row = SYSTEMS[system]
+    if row.network:
+        return build_model(system, None, image_size=max(32, 2 * BASELINES[system].multiple), num_classes=2)
+    tiny = VARIANTS[row.variant].tiny
+    variant, base = (row.variant, "random:1") if tiny else ("vit_ti", "default")
+    side = 64 if row.base_size is None else 32  # with patches of 8 px as many tokens, and logits of 16 px
+    return build_model(system, base, variant, image_size=side, num_classes=2)
+
+
+def four_slices(side: int) -> list[Sample]:
+    """A disc and a bar that do not touch, at other places in each slice; bright as their class."""
+    y, x = np.mgrid[:side, :side] / side
+    samples = []
+    for n, (row, col) in enumerate([(0.28, 0.3), (0.3, 0.68), (0.7, 0.32), (0.72, 0.7)]):
+        label = ((y - row) ** 2 + (x - col) ** 2 < 0.2**2).astype(np.uint8)
+        label[np.abs(y - (1 - row)) < 0.17] = 2
+        noise = np.random.default_rng(n).normal(0, 0.03, label.shape)
+        image = (0.15 + 0.35 * label + noise).clip(0, 1).astype(np.float32)
+        samples.append(Sample(f"s{n}", image, label, Transform(), (0, n)))
+    return samples
+
+
+def objective_for(model):
+    """The system's own, with prompts that no jitter blurs, and every object of a slice asked for."""
+    objective = make_objective(TrainConfig(), model)
+    objective.prompting = replace(objective.prompting, box_jitter=0, max_objects=2, parts=False)
+    return objective
+
+
+@torch.no_grad()
+def answered(model, objective, batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(answer, truth), bool, by each way the system answers: its logits' own pixels, as these are all it can decide."""
+    images, labels = ([torch.from_numpy(getattr(s, kind)) for s in batch] for kind in ("image", "label"))
+    side, row = model.spec.image_size, objective.row
+    images, targets = make_batch(images, labels, [s.transform for s in batch], side, CPU, row.pad, row.fill, objective.low)
+    ways = []
+    if row.automatic:
+        classes = model(images).argmax(1)
+        ways.append((torch.stack([classes == c for c in (1, 2)]), torch.stack([targets == c for c in (1, 2)])))
+    if row.promptable:
+        objects = draw_objects(batch, objective.prompting, side, row.pad, objective.config.seed, CPU, objective.low)
+        ways.append((model(images, objects.prompts)[:, 0] > 0, objects.targets > 0))
+    return ways
+
+
+def dice(answer: torch.Tensor, truth: torch.Tensor) -> float:
+    """Mean over the first axis: classes, or objects."""
+    both = (answer & truth).flatten(1).sum(1)
+    return float((2 * both / (answer.flatten(1).sum(1) + truth.flatten(1).sum(1))).mean())
+
+
+class Learned:
+    """A model that was trained until it draws its four slices, or for MOST_STEPS."""
+
+    def __init__(self, system: str):
+        torch.manual_seed(0)
+        self.model = least(system).train()
+        self.objective = objective_for(self.model)
+        self.batch = four_slices(self.model.spec.image_size)
+        self.before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=3e-3 if SYSTEMS[system].lora or system in LONG else 1e-3,
+            weight_decay=0,
+        )
+        for step in range(1, MOST_STEPS + 1):
+            optimizer.zero_grad()  # the samples' keys stay, and so do their prompts
+            self.objective(self.model, self.batch, len(self.batch), None).total.backward()
+            optimizer.step()
+            if step % 10 == 0:
+                self.dice = min(dice(*way) for way in answered(self.model.eval(), self.objective, self.batch))
+                self.steps = step
+                if self.dice > 0.95:
+                    break
+                self.model.train()
+        self.model.eval()
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in TRAINED])
+def learned(request):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Learned(request.param)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def adapter(learned, tmp_path_factory):
+    path = tmp_path_factory.mktemp("systems") / f"{learned.model.spec.system}.safetensors"
+    save_adapter(learned.model, path)
+    return path
+
+
+def test_it_learns_four_slices_by_heart(learned):
+    assert learned.dice > 0.95, f"{learned.dice:.3f} after {learned.steps} steps"
+
+
+def test_what_the_row_states_trains_and_nothing_else(learned):
+    model, spec = learned.model, learned.model.spec
+    stated = trained_names(model, spec.system, spec.options)
+    assert {name for name, value in model.named_parameters() if value.requires_grad} == stated
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, learned.before[name])}
+    assert changed == stated
+
+
+def test_the_adapter_gives_the_same_logits_bit_by_bit(learned, adapter):
+    again = load_model(adapter)
+    side = learned.model.spec.image_size
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    prompts = None
+    if learned.objective.row.promptable:
+        prompts = draw_objects(learned.batch[:2], learned.objective.prompting, side, False, 3, CPU, learned.objective.low).prompts
+    with torch.no_grad():
+        assert torch.equal(again(images, prompts), learned.model(images, prompts))
+        if learned.objective.row.automatic:
+            assert torch.equal(again(images), learned.model(images))
+
+
+def test_an_adapter_of_another_system_is_refused(learned, adapter):
+    system = learned.model.spec.system
+    other = TRAINED[(TRAINED.index(system) + 1) % len(TRAINED)]
+    with pytest.raises(InputError) as refused:
+        load_tested(TestConfig(lora_ckpt=str(adapter), system=other))
+    assert other in str(refused.value) and system in str(refused.value) and "\n" not in str(refused.value)
+    stranger = "unet" if system != "unet" else "segresnet"
+    with pytest.raises(InputError) as refused:
+        load_trained(least(stranger), read_adapter(adapter)[0], adapter)
+    assert str(adapter) in str(refused.value) and "\n" not in str(refused.value)

@@ -34,6 +34,8 @@ class Person:
     Every further click gives one row back. What it was asked is kept in `calls`.
     """
 
+    knows_three, takes_masks = False, True
+
     def __init__(self, label: np.ndarray, spoil: int = 2):
         self.label, self.spoil, self.calls, self.index = label, spoil, [], 0
         self.model = build_model("medsam_decoder", "random:1", "vit_ti", 64, num_classes=2)  # its decoder trains

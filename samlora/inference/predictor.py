@@ -95,11 +95,11 @@ class Predictor:
         untouched = not any(name.startswith(decoder) for name in trained)
         # A decoder that was trained without its IoU head, or the heads of the three masks, left these behind.
         self.knows_score = untouched or any(name.startswith(f"{decoder}iou_prediction_head") for name in trained)
-        self.knows_three = untouched or any(
-            name.startswith(f"{decoder}output_hypernetworks_mlps.1") for name in trained
-        )
-        # The demo base has learned from points and boxes only: a mask prompt spoils its answers.
+        # The demo base has learned single masks from points and boxes only: a mask prompt spoils its answers, and its
+        # three masks mean nothing.
         self.takes_masks = model.spec.base != checkpoint.DEMO_FILE
+        three = untouched or any(name.startswith(f"{decoder}output_hypernetworks_mlps.1") for name in trained)
+        self.knows_three = three and self.takes_masks
         self._cache: OrderedDict[int, Tensor] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._case: Case | None = None

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from samlora.data.grid import Case
-from samlora.errors import InputError
+from samlora.errors import InputError, MissingFileError
 from samlora.evaluation import prompt_figures as figures
 from samlora.evaluation.prompt_figures import Asked
 from samlora.options import option
 
 if TYPE_CHECKING:
     from samlora.inference.predictor import Predictor
+    from samlora.model.checkpoint import Spec
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,15 @@ def evaluate_prompts(data: str | Path, config: PromptStudyConfig) -> dict:
 
     Every class of a slice is an object. Systems that answer without prompts are measured so too, on the same objects:
     what they draw where a class is not does not count here, as it does in `samlora test`. Writes prompts.csv,
-    summary.json, curve.png and log.txt into `output`. Raises InputError for files and options that do not fit together,
-    and where no slice shows anything to ask for.
+    summary.json, curve.png and log.txt into `output`. Raises MissingFileError, or InputError for files and
+    options that do not fit together, and where no slice shows anything to ask for.
     """
     from samlora.data.dataset import find_volumes
     from samlora.device import device_name
     from samlora.journal import Journal
 
+    if not Path(data).is_dir():
+        raise MissingFileError(f"{data}: there is no such folder; make it with: samlora prepare SRC -o {data}")
     paths = find_volumes(data, config.list_dir)
     predictor, names = _predictor(paths[0], config)
     spec, out = predictor.model.spec, Path(config.output)
@@ -167,7 +170,6 @@ def click_through(
     """
     from samlora.data.prompts import next_click
 
-    three = _three(predictor)
     masks, drawn = np.zeros_like(truths), []
     points: list[list[np.ndarray]] = [[] for _ in truths]
     labels: list[list[int]] = [[] for _ in truths]
@@ -186,7 +188,7 @@ def click_through(
                 np.array([points[n] for n in active]),
                 np.array([labels[n] for n in active]),
                 mask=logits[active] if goes_on and turn else None,
-                multimask=three and not turn,
+                multimask=predictor.knows_three and not turn,
             )
             best = range(len(active)), answer.scores.argmax(axis=1)
             masks[active], logits[active, 0] = answer.masks[best], answer.logits[best]
@@ -200,7 +202,7 @@ def dice_of(masks: np.ndarray, truths: np.ndarray) -> np.ndarray:
     return 2 * both / (masks.sum(axis=(-2, -1)) + truths.sum(axis=(-2, -1)))
 
 
-def labelled(path: Path, adapter: str | None, spec) -> Case:
+def labelled(path: Path, adapter: str | None, spec: "Spec") -> Case:
     """A volume with labels that can be asked for; InputError otherwise."""
     from samlora.data.volume import read_case
     from samlora.inference.testing import labelled_case
@@ -261,18 +263,7 @@ def _predictor(first: Path, config: PromptStudyConfig) -> tuple["Predictor", dic
 
 
 def _goes_on(predictor: "Predictor", config: PromptStudyConfig) -> bool:
-    from samlora.model.checkpoint import DEMO_FILE
-
-    return predictor.model.spec.base != DEMO_FILE if config.mask_prompt is None else config.mask_prompt
-
-
-def _three(predictor: "Predictor") -> bool:
-    """Whether the decoder for prompts is the base's own: training on single masks leaves its three others behind."""
-    from samlora.model.methods import trained_names
-
-    model = predictor.model
-    decoder = "prompt_decoder." if model.prompt_decoder is not None else "mask_decoder."
-    return not any(name.startswith(decoder) for name in trained_names(model, model.spec.system, model.spec.options))
+    return predictor.takes_masks if config.mask_prompt is None else config.mask_prompt
 
 
 def _progress(paths: Sequence[Path]):

@@ -531,22 +531,6 @@ def test_files_of_the_page_are_packed():
 # --- in a browser ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium; tests that need it are skipped where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found is None:
-        pytest.skip("no browser: none of chromium, chromium-browser, google-chrome is installed")
-    switches = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
-    switches += " --disable-background-networking --disable-component-update --disable-dev-shm-usage"
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=found, args=switches.split())
-        yield chromium
-        chromium.close()
-
-
 @contextlib.contextmanager
 def served(app):
     """The address of a server in a thread."""

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -251,22 +250,6 @@ def test_files_of_the_page_are_packed():
     setup.read(root / "setup.cfg")
     files = {p.name for p in (root / "samlora" / "evaluation").iterdir() if p.suffix in (".html", ".css", ".js")}
     assert set(setup["options.package_data"]["samlora.evaluation"].split()) == files
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium; tests that need it are skipped where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found is None:
-        pytest.skip("no browser: none of chromium, chromium-browser, google-chrome is installed")
-    switches = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
-    switches += " --disable-background-networking --disable-component-update --disable-dev-shm-usage"
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=found, args=switches.split())
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from samlora.data.arrays import write_slice
 from samlora.data.dataset import Sample, SliceDataset, find_slices
 from samlora.model.methods import build_model
-from samlora.model.sam import EMBED, PATCH, STOCK_MASKS, VARIANTS, WINDOW
+from samlora.model.variants import EMBED, PATCH, STOCK_MASKS, VARIANTS, WINDOW
 from samlora.training.config import TrainConfig
 from samlora.training.embeddings import EmbeddingCache
 from samlora.training.objectives import make_objective

@@ -16,7 +16,7 @@ from timing import Products, heading, interleave, options, ratios, write_record
 from torch.utils.flop_counter import FlopCounterMode
 
 import samlora
-from samlora.model.sam import PATCH, VARIANTS
+from samlora.model.variants import PATCH, VARIANTS
 
 BASELINE = "stock fp32"
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import samlora
 from samlora.model.methods import build_model
-from samlora.model.sam import VARIANTS, ImageEncoder
+from samlora.model.sam import ImageEncoder
+from samlora.model.variants import VARIANTS
 
 BASELINE = "transformers eager fp32"
 RANK = 4

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from samlora.data.augment import Transform
 from samlora.model.methods import build_model
-from samlora.model.sam import EMBED, PATCH, VARIANTS, WINDOW, Sam
+from samlora.model.sam import Sam
+from samlora.model.variants import EMBED, PATCH, VARIANTS, WINDOW
 
 
 class LoRAqkv(nn.Module):

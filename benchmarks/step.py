@@ -17,8 +17,8 @@ from timing import Products, heading, interleave, options, ratios, write_record
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from samlora.model.sam import PATCH
-from samlora.model.sam import VARIANTS as ENCODERS
+from samlora.model.variants import PATCH
+from samlora.model.variants import VARIANTS as ENCODERS
 from samlora.training.config import TrainConfig
 from samlora.training.losses import dice_ce
 from samlora.training.setup import make_optimizer

@@ -19,15 +19,18 @@ from samlora.data.volume import read_volume, write_volume
 from samlora.errors import InputError
 from samlora.inference.predictor import Masks, Predictor
 from samlora.inference.propagate import StopRule, propagate, touching
-from samlora.model.sam import VARIANTS
+from samlora.model.variants import VARIANTS
 
 SIDE = 256
 
 
 @pytest.fixture(scope="module")
 def ours():
-    """SAM as it is, on the demo base; 256 px."""
-    return Predictor.load(base=samlora.model.checkpoint.find_base("vit_ti"))
+    """SAM as it is, on the demo base; 256 px. Used as a base that learned all of SAM's answers, which this one did not."""
+    predictor = Predictor.load(base=samlora.model.checkpoint.find_base("vit_ti"))
+    assert not predictor.takes_masks and not predictor.knows_three
+    predictor.takes_masks = predictor.knows_three = True
+    return predictor
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import samlora
 from samlora.errors import InputError
 from samlora.model.checkpoint import resize_positions
 from samlora.model.sam import (
-    VARIANTS,
     Attention,
     Prompts,
     _attend_matmul,
@@ -22,6 +21,7 @@ from samlora.model.sam import (
     state_shapes,
     unpartition,
 )
+from samlora.model.variants import VARIANTS
 
 
 def randomised(model: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from samlora.inference.testing import load_tested
 from samlora.model.baselines import BASELINES
 from samlora.model.checkpoint import load_trained, read_adapter, save_adapter
 from samlora.model.methods import SYSTEMS, build_model, load_model, trained_names
-from samlora.model.sam import VARIANTS
+from samlora.model.variants import VARIANTS
 from samlora.training.config import TrainConfig
 from samlora.training.objectives import make_objective
 from samlora.training.prompting import draw_objects

@@ -12,7 +12,8 @@ from samlora.device import DTYPES, device_name, pick_device, pick_precision
 from samlora.errors import InputError
 from samlora.model.checkpoint import DEMO_FILE, Base, find_base, open_base, read_adapter
 from samlora.model.methods import build_model, load_model, system_row
-from samlora.model.sam import VARIANTS, Sam
+from samlora.model.sam import Sam
+from samlora.model.variants import VARIANTS
 
 DEMO_NOTE = (
     "The small demo base has seen drawn shapes only: its masks are rough. For real work: samlora download vit_b, "

@@ -11,7 +11,7 @@ from typing import Any
 from samlora.errors import InputError
 from samlora.model.checkpoint import find_base
 from samlora.model.methods import System, named_system, system_options, system_row
-from samlora.model.sam import VARIANTS
+from samlora.model.variants import VARIANTS
 from samlora.options import make, read_yaml
 from samlora.training.config import TrainConfig
 from samlora.training.objectives import prompting_of

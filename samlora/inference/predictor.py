@@ -25,7 +25,8 @@ from samlora.inference.propagate import Carried, StopRule, propagate
 from samlora.model import checkpoint
 from samlora.model.lora import merge
 from samlora.model.methods import build_model, load_model, system_row, trained_names
-from samlora.model.sam import VARIANTS, Prompts, Sam
+from samlora.model.sam import Prompts, Sam
+from samlora.model.variants import VARIANTS
 
 _SURE = 6.9  # logit of 0.999
 _PROMPTS_AT_ONCE = 32  # every prompt has its own copy of the embeddings in the decoder
@@ -248,8 +249,8 @@ class Predictor:
     def click(self, x: float, y: float, positive: bool = True) -> np.ndarray:
         """Adds a point on the object, or beside it, to the prompts of this slice and returns the mask (H, W).
 
-        The answer before goes in as mask prompt (see `takes_masks`). For a first click alone the best of three masks is taken, as far as
-        the system has them.
+        The answer before goes in as mask prompt (see `takes_masks`). For a first click alone the best of three masks is
+        taken, as far as the system has them.
         """
         now = self._steps[-1]
         return self._ask((*now.points, (x, y, int(positive))), now.box, now.logits)

@@ -1,21 +1,29 @@
 """A mask carried from slice to slice of a volume, until the object ends or the answers can no longer be trusted."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sized
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from samlora.data.prompts import tight_box
 from samlora.errors import InputError
 
-if TYPE_CHECKING:  # the predictor offers this function as a method
-    from samlora.inference.predictor import Predictor
-
 _LEAST_SPREAD = 0.02  # of gray values 0..1: of flat objects every shade would be another
 DIRECTIONS = {"both": (1, -1), "up": (1,), "down": (-1,)}
+
+
+class Answers(Sized, Protocol):
+    """What is needed of a `samlora.Predictor`, which offers `propagate` as a method."""
+
+    knows_score: bool
+    takes_masks: bool
+
+    def predict(self, points=None, labels=None, box=None, mask=None, multimask=False, index: int | None = None): ...
+
+    def as_prompt(self, mask: np.ndarray) -> np.ndarray: ...
+
+    def gray(self, index: int) -> np.ndarray: ...
 
 
 class Carried(NamedTuple):
@@ -54,7 +62,7 @@ class StopRule:
 
 
 def propagate(
-    predictor: Predictor,
+    predictor: Answers,
     index: int,
     mask: np.ndarray,
     steps: int | str = "all",

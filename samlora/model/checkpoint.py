@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from samlora.errors import InputError, MissingFileError
 from samlora.files import shipped
 from samlora.model.lora import lora_names
-from samlora.model.sam import PATCH, VARIANTS, Sam, build_sam, state_shapes, usual_size
+from samlora.model.sam import Sam, build_sam, state_shapes, usual_size
 from samlora.model.tensors import compare_shapes, read_tensors, write_tensors
+from samlora.model.variants import PATCH, VARIANTS
 
 FORMAT_VERSION = 3
 # What adapters of an earlier format do not say, and what it was then.

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from samlora.errors import InputError
 from samlora.model.lora import LoRAOptions, inject_blocks
-from samlora.model.sam import EMBED, PATCH
+from samlora.model.variants import EMBED, PATCH
 
 IMAGENET_CLASSES = 1000
 

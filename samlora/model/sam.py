@@ -6,7 +6,6 @@ prompts in one decoder call, and all mask tokens are returned.
 """
 
 import functools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,39 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from samlora.errors import InputError
-
-PATCH = 16
-WINDOW = 14
-EMBED = 256  # channels of the image embedding and of every prompt token
-STOCK_MASKS = 4  # one mask for a clear prompt and three for an ambiguous one
+from samlora.model.mobile import build_tiny_encoder
+from samlora.model.variants import EMBED, PATCH, STOCK_MASKS, VARIANTS, WINDOW, Variant
 
 # SAM's own pixel statistics, for images in 0..255 (segment_anything.build_sam).
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Size of an image encoder: channels, blocks, heads, blocks with global attention, usual image side.
-
-    tiny: MobileSAM's, which is not a plain ViT (samlora.model.mobile): width and heads are those of its last stage.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    global_blocks: tuple[int, ...]
-    image_size: int
-    tiny: bool = False
-
-
-VARIANTS = {
-    "vit_ti": Variant(192, 12, 3, (2, 5, 8, 11), 256),
-    "vit_b": Variant(768, 12, 12, (2, 5, 8, 11), 1024),
-    "vit_l": Variant(1024, 24, 16, (5, 11, 17, 23), 1024),
-    "vit_h": Variant(1280, 32, 16, (7, 15, 23, 31), 1024),
-    "vit_t": Variant(320, 10, 10, (), 1024, tiny=True),
-}
 
 
 class Prompts:
@@ -276,7 +248,8 @@ class Sam(nn.Module):
         self.input_stem = None  # for images of other than three channels, see samlora.model.stem
         self.prompt_decoder = None
         grid = image_size // PATCH
-        self.image_encoder = _build_encoder(VARIANTS[variant], image_size)
+        size = VARIANTS[variant]
+        self.image_encoder = build_tiny_encoder(image_size) if size.tiny else ImageEncoder(size, image_size)
         self.prompt_encoder = PromptEncoder(EMBED, (grid, grid), (image_size, image_size), mask_in_chans=16)
         self.mask_decoder = build_decoder(num_masks)
 
@@ -368,14 +341,6 @@ class Sam(nn.Module):
             return self.answer(embeddings, prompts, classes=prompts is None or self.prompt_decoder is not None)
         answer = self.answer(embeddings, prompts, classes=prompts is None)
         return answer.classes if prompts is None else answer.masks[:, :1]
-
-
-def _build_encoder(variant: Variant, image_size: int) -> nn.Module:
-    if not variant.tiny:
-        return ImageEncoder(variant, image_size)
-    from samlora.model.mobile import build_tiny_encoder  # it needs this module
-
-    return build_tiny_encoder(image_size)
 
 
 def build_decoder(num_masks: int) -> MaskDecoder:

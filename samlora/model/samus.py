@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from samlora.errors import InputError
 from samlora.model.adapters import Adapter
-from samlora.model.sam import PATCH, STOCK_MASKS, Block, ImageEncoder, Sam, build_sam
+from samlora.model.sam import Block, ImageEncoder, Sam, build_sam
+from samlora.model.variants import PATCH, STOCK_MASKS
 
 STRIDE = 8  # pixels of the image from one token to the next
 BASE = 4  # the base is a SAM of this many times the image's side; its position table is then twice the token grid

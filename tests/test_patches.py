@@ -11,7 +11,7 @@ from samlora.cli import main
 from samlora.data.augment import resize_image, resize_label
 from samlora.data.dataset import find_slices
 from samlora.data.grid import Volume
-from samlora.data.patches import PatchDataset, patch_batch, stacks
+from samlora.data.patches import PatchDataset, patch_batch, place, stacks
 from samlora.data.prepare import prepare
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_volume, write_slice, write_volume
@@ -179,6 +179,14 @@ def test_channels_come_first(tmp_path):
     assert patch_batch([sample], "cpu")[0].shape == (1, 2, *ROI)
 
 
+def test_slices_are_in_the_order_of_their_numbers(tmp_path):
+    for n in (998, 999, 1000, 1001):
+        write_slice(tmp_path / f"c_slice{n:03d}.npz", np.zeros((8, 8), np.float32), np.zeros((8, 8), np.uint8))
+    slices = find_slices(tmp_path)
+    assert [slices[n].name[-4:] for n in stacks(slices)["c"]] == ["e998", "e999", "1000", "1001"]
+    assert [item.name for item in sorted(slices, key=place)] == [slices[n].name for n in stacks(slices)["c"]]
+
+
 def test_order_of_a_list_does_not_matter_and_cases_do_not_mix(tmp_path):
     for case in ("a", "b"):
         write_stack(tmp_path, np.full((5, 9, 9), ord(case)), np.zeros((5, 9, 9)), case=case)
@@ -191,7 +199,7 @@ def test_order_of_a_list_does_not_matter_and_cases_do_not_mix(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [("c_slice001", "c_slice003"), ("c_slice8", "c_slice10", "c_slice9"), ("c_slicea", "c_sliceb")]
+    "names", [("c_slice001", "c_slice003"), ("c_slice8", "c_slice10", "c_slice7"), ("c_slicea", "c_sliceb")]
 )
 def test_gaps_are_refused(tmp_path, names):
     for name in names:
@@ -410,16 +418,18 @@ def test_v_net_learns_a_volume_by_heart(monkeypatch, tmp_path):
     monkeypatch.setitem(BASELINES, "vnet", replace(BASELINES["vnet"], multiple=16))
     torch.manual_seed(0)
     model = build_model("vnet", None, image_size=32, num_classes=2)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout3d):  # there to keep a network from learning by heart
+            module.p = 0.0
     image, label = ball()
     patches = PatchDataset(find_slices(write_stack(tmp_path, image, label)), 0, model.roi, augment=False)
     objective = make_objective(TrainConfig(), model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
-    dice = [0.0]
-    for step in range(120):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0)
+    for step in range(80):
         optimizer.zero_grad()
         objective(model.train(), [patches[step, 0]], 1, None).total.backward()
         optimizer.step()
-        if step % 10 == 9:
+        if step >= 35 and step % 5 == 0:
             found = predict_slices(model.eval(), image, 32)
             dice = [2 * ((found == c) & (label == c)).sum() / ((found == c).sum() + (label == c).sum()) for c in (1, 2)]
             if min(dice) > 0.9:

@@ -68,8 +68,8 @@ def command(config, *more):
     """The command line of a configuration."""
     words = [sys.executable, "-m", "samlora", "train"]
     for name in TrainConfig.__dataclass_fields__:
-        value, default = getattr(config, name), TrainConfig.__dataclass_fields__[name].default
-        if value != default:
+        value = getattr(config, name)
+        if value != getattr(TrainConfig(), name):
             words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return [*words, *more]
 

@@ -123,7 +123,7 @@ def fits(row: System, name: str, value: Any) -> bool:
     if name == "prompt_ratio":
         return row.objective == "joint"
     if name == "dice_param":
-        return row.objective in ("classes", "joint")
+        return row.objective in ("classes", "joint", "patches")
     if name == "vit_name" and row.variant in VARIANTS:
         # A TinyViT is no size of the plain ViT: its system would become another one.
         named = value if isinstance(value, list) else [value]

@@ -35,7 +35,8 @@ class SliceFile:
 
 @dataclass(frozen=True)
 class Sample:
-    """A slice from disk, and what is to be done to it. image (H, W) or (C, H, W) float32, label (H, W) uint8.
+    """A slice from disk, and what is to be done to it. image (H, W) or (C, H, W) float32, label (H, W) uint8;
+    or a patch of a volume, (D, S, S) or (C, D, S, S).
 
     key: (epoch, index), on which all that is random about it depends.
     """

@@ -78,7 +78,10 @@ def _vnet(image_size: int, num_masks: int, in_channels: int) -> nn.Module:
     from monai.networks.nets import VNet
 
     if 16 % in_channels:  # its first layer adds the image, repeated, to 16 channels
-        raise InputError(f"in_channels {in_channels} is not possible for vnet; give 1, 2, 4, 8 or 16")
+        raise InputError(
+            f"{in_channels} channels are not possible for vnet, which takes 1, 2, 4, 8 or 16; prepare the data with "
+            "other channels in the recipe"
+        )
     return VNet(3, in_channels, num_masks)
 
 
@@ -178,12 +181,14 @@ def volume_logits(
     overlap: float = 0.5,
     batch_size: int = 1,
     gather: torch.device | str | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Logits of whole volumes: patches that overlap by `overlap` of their side, blended with Gaussian weights.
 
-    model: in evaluation mode. volumes: (B, C, D, H, W) on the model's device, of any size; smaller than a patch they
-    are padded with 0 and cut again. batch_size: patches per forward pass. gather: device on which the logits are put
-    together, None for the volumes' own; "cpu" where those of a whole volume do not fit.
+    model: in evaluation mode; an average of models (samlora.inference.ensemble) will do. volumes: (B, C, D, H, W) on
+    the model's device, of any size; smaller than a patch they are padded with 0 and cut again. batch_size: patches per
+    forward pass. gather: device on which the logits are put together, None for the volumes' own; "cpu" where those of
+    a whole volume do not fit. progress: called with the number of patches done, after each pass.
     Returns (B, num_masks, D, H, W), float32. Raises InputError for volumes of other channels, or an impossible overlap.
     """
     from monai.inferers import sliding_window_inference
@@ -195,6 +200,11 @@ def volume_logits(
         )
     if not 0 <= overlap < 1:
         raise InputError(f"overlap {overlap} is not possible; give a share from 0 to below 1")
-    return sliding_window_inference(
-        volumes, model.roi, batch_size, lambda patches: model(patches).float(), overlap, mode="gaussian", device=gather
-    )
+
+    def logits_of(patches: Tensor) -> Tensor:
+        logits = model(patches).float()
+        if progress:
+            progress(len(patches))
+        return logits
+
+    return sliding_window_inference(volumes, model.roi, batch_size, logits_of, overlap, mode="gaussian", device=gather)

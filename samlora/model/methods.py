@@ -19,9 +19,10 @@ from samlora.model.baselines import BASELINES, build_baseline
 from samlora.model.checkpoint import Base, Spec
 from samlora.model.lora import LoRAOptions, inject_decoder, inject_encoder, translate_adapter
 from samlora.model.mobile import TinyEncoder, inject_tiny
-from samlora.model.sam import PIXEL_MEAN, STOCK_MASKS, VARIANTS, Sam, build_decoder, build_sam, usual_size
+from samlora.model.sam import PIXEL_MEAN, Sam, build_decoder, build_sam, usual_size
 from samlora.model.samus import base_size, insert_samus, samus_names
 from samlora.model.stem import InputStem
+from samlora.model.variants import STOCK_MASKS, VARIANTS
 from samlora.prompting import Prompting
 
 
@@ -65,6 +66,11 @@ class System:
     @property
     def promptable(self) -> bool:
         return self.prompts != "none"
+
+    @property
+    def volumetric(self) -> bool:
+        """Whether it takes patches of volumes instead of slices."""
+        return self.objective == "patches"
 
     @property
     def fill(self) -> tuple[float, float, float]:
@@ -218,11 +224,18 @@ SYSTEMS = {
         options=_LORA_OPTIONS,
     ),
 } | {
-    name: System(summary=network.summary, trains=("network.*",), variant=name, lora=False, network=True)
+    name: System(
+        summary=network.summary,
+        trains=("network.*",),
+        variant=name,
+        lora=False,
+        network=True,
+        objective="patches" if network.volumetric else "classes",
+    )
     for name, network in BASELINES.items()
-    if not network.volumetric
 }
 NETWORK_SIZE = 512  # usual side of images for networks without a base
+PATCH_SIZE = 128  # and of patches
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")  # what the option `freeze` can name
 
 
@@ -301,7 +314,7 @@ def build_model(
     lora_layers: Iterable[int] | None = None,
     class_names: Iterable[str] | None = None,
     recipe: dict | None = None,
-    in_channels: int = 3,
+    in_channels: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Sam:
     """Builds a system on a base, ready to train: `model(images (B, 3, S, S)) -> logits`, on the CPU, float32.
@@ -309,11 +322,12 @@ def build_model(
     base: a base checkpoint; "default" for the variant's file in ./checkpoints (vit_ti: the demo base that
     ships); a `checkpoint.Base` to share its tensors with other models; None for random weights, with a warning.
     variant: vit_ti, vit_b, vit_l or vit_h; None to read it from the base.
-    image_size: S, a multiple of 16; None for 512 (vit_ti: 256).
+    image_size: S, a multiple of 16; None for 512 (vit_ti: 256; patches: 128).
     num_classes: foreground classes; logits are (B, num_classes + 1, S/4, S/4) with background 0.
     rank, lora_layers: of the LoRA pairs; all encoder blocks when None.
     class_names, recipe: kept in the adapter file; recipe is plain data (samlora.data.recipe).
-    in_channels: channels of the images; other than 3 go through a learned 1x1 convolution (samlora.model.stem).
+    in_channels: channels of the images; None for 3 (patches: 1). In a SAM others than 3 go through a learned 1x1
+    convolution (samlora.model.stem).
     options: what the system's row offers beyond these, such as `freeze` of sam_prompt.
     Images are in 0..1 for every system. Systems with prompts take them as `model(images, prompts)`.
     The result's `.spec` says what it is. Raises InputError or MissingFileError when something does not fit.
@@ -325,12 +339,14 @@ def build_model(
     if len(names) != num_classes:
         raise InputError(f"{len(names)} class names for num_classes {num_classes}; give one name per foreground class")
     chosen = system_options(system, options)
+    in_channels = (1 if row.volumetric else 3) if in_channels is None else in_channels
     if in_channels < 1:
         raise InputError(f"in_channels {in_channels} is not possible; give the number of channels of the images")
     if lora_layers is not None and not row.lora:
         raise InputError(f"lora layers {list(lora_layers)}: the system {system} has no LoRA; leave them out")
     if row.network:
-        sam = build_baseline(system, image_size or NETWORK_SIZE, num_classes + 1, in_channels)
+        usual = PATCH_SIZE if row.volumetric else NETWORK_SIZE
+        sam = build_baseline(system, image_size or usual, num_classes + 1, in_channels)
         sam.variant, base_name, digest = system, "none", None
         layers: Iterable[int] = ()
     else:

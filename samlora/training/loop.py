@@ -12,6 +12,7 @@ from torch import nn
 
 from samlora.data.cache import SliceCache
 from samlora.data.dataset import Batches, Sample, SliceDataset, data_folder
+from samlora.data.patches import PatchDataset
 from samlora.device import DTYPES, device_name, peak_memory
 from samlora.engine import gathered, together
 from samlora.errors import InputError
@@ -98,7 +99,12 @@ def train_in(
         plan.ranks,
     )
     decoded = decode(config, data, fabric)
-    slices = SliceDataset(data.train, config.seed, config.augment != "none", decoded)
+    augment = config.augment != "none"
+    with together(fabric):
+        if objective.row.volumetric:
+            slices = PatchDataset(data.train, config.seed, model.roi, augment, decoded)
+        else:
+            slices = SliceDataset(data.train, config.seed, augment, decoded)
     workers, embeddings = worker_count(config, fabric.device), embed(config, model, slices, fabric, DTYPES[precision])
     loader = read_batches(slices, batches, workers, bad, spec.num_classes)
     with together(fabric):
@@ -215,9 +221,7 @@ def out_of_time(config: TrainConfig, fabric, began: float) -> bool:
     return bool(fabric.all_reduce(torch.tensor(float(over), device=fabric.device), reduce_op="max"))
 
 
-def finish(
-    run: Run, config: TrainConfig, facts: dict, state: State, plan: Plan, stopped: int, automatic: bool
-) -> None:
+def finish(run: Run, config: TrainConfig, facts: dict, state: State, plan: Plan, stopped: int, automatic: bool) -> None:
     """Writes the last facts and says what to do next; raises SystemExit where a signal ended the run."""
     counted = {"steps": state.step, "seconds": round(state.seconds, 1), "bad_samples": state.bad.counts}
     run.describe(facts | counted | {"peak_memory_bytes": peak_memory(state.fabric.device)})

@@ -12,7 +12,7 @@ SMOOTH = 1e-5
 def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """SAMed's soft Dice loss: per class over the whole batch, squared denominators, mean over all classes.
 
-    logits: (B, C, h, w). labels: (B, h, w) int64 in 0..C-1. Returns a scalar in 0..1. Source: SAMed,
+    logits: (B, C, h, w) or (B, C, d, h, w). labels: (B, ...) int64 in 0..C-1. Returns a scalar in 0..1. Source: SAMed,
     utils.DiceLoss, after TransUNet; it is V-Net's Dice (arXiv 1606.04797) over softmax probabilities.
     """
     return _dice(*_overlap_and_sizes(logits, labels))
@@ -22,7 +22,7 @@ def _overlap_and_sizes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Per class (C,), summed over the batch: what is shared, and what both have."""
     probability = logits.float().softmax(dim=1)
     target = F.one_hot(labels, logits.shape[1]).movedim(-1, 1).to(probability.dtype)
-    axes = (0, 2, 3)
+    axes = (0, *range(2, logits.ndim))
     return (probability * target).sum(axes), probability.square().sum(axes) + target.sum(axes)
 
 

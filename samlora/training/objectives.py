@@ -10,6 +10,7 @@ from torch import Tensor
 
 from samlora.data.batch import make_batch
 from samlora.data.dataset import Sample
+from samlora.data.patches import patch_batch
 from samlora.engine import sum_over_processes
 from samlora.errors import InputError
 from samlora.model.checkpoint import Spec
@@ -81,6 +82,13 @@ class Classes(Objective):
         logits = model(images, None, embeddings)
         loss, ce, dice = dice_ce(logits[:own], labels[:own], self.config.dice_param, total)
         return Losses(loss, {"loss_ce": ce, "loss_dice": dice}, _finite(logits))
+
+
+class Patches(Classes):
+    """All classes of patches of volumes: the same loss over their voxels, at full resolution."""
+
+    def _inputs(self, model, batch, embeddings):
+        return patch_batch(batch, next(model.parameters()).device)
 
 
 class Masks(Objective):
@@ -162,7 +170,7 @@ class Joint(Masks):
         return Losses((1 - ratio) * loss + ratio * prompted, parts, finite)
 
 
-OBJECTIVES = {"classes": Classes, "masks": Masks, "focal_dice_iou": FocalDiceIoU, "joint": Joint}
+OBJECTIVES = {"classes": Classes, "patches": Patches, "masks": Masks, "focal_dice_iou": FocalDiceIoU, "joint": Joint}
 
 
 def make_objective(config: TrainConfig, model: Any) -> Objective:

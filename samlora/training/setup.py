@@ -19,6 +19,7 @@ from samlora.data.dataset import (
     fingerprint,
     split_cases,
 )
+from samlora.data.patches import stacks
 from samlora.data.recipe import Recipe
 from samlora.device import pick_device
 from samlora.engine import launch, together
@@ -27,7 +28,7 @@ from samlora.model import checkpoint
 from samlora.model.checkpoint import Spec
 from samlora.model.lora import lora_plus_groups, translate_adapter
 from samlora.model.methods import build_model, named_system, system_row
-from samlora.model.sam import VARIANTS
+from samlora.model.variants import VARIANTS
 from samlora.options import make, read_yaml
 from samlora.training.config import TrainConfig
 from samlora.training.run import Run
@@ -83,7 +84,10 @@ def load_data(config: TrainConfig) -> Data:
         usable = [[item for item in part if _readable(item)] for part in (train, val)]
     else:
         usable = [train, val]
-    if not system_row(named_system(config.system, config.module) or "samed").automatic:
+    row = system_row(named_system(config.system, config.module) or "samed")
+    if row.volumetric:
+        _check_stacks(train, val, config)
+    if not row.automatic:
         train = _with_objects(train, config)
         usable[0] = [item for item in usable[0] if item in set(train)]
     # Where none can be read, the check names the first.
@@ -100,6 +104,18 @@ def load_data(config: TrainConfig) -> Data:
         contents,
         fingerprint(sum(usable, [])),
     )
+
+
+def _check_stacks(train: list[SliceFile], val: list[SliceFile], config: TrainConfig) -> None:
+    """Raises InputError where the slices of cases are no volumes."""
+    if config.on_bad_sample == "skip":
+        raise InputError("--on_bad_sample skip: a slice left out would be a gap in a volume; leave the flag out")
+    if max(map(len, stacks(train).values())) == 1:
+        raise InputError(
+            f"--root_path {config.root_path}: each case is a single slice, and this system is trained on volumes; "
+            "choose another --system"
+        )
+    stacks(val)
 
 
 def _with_objects(slices: list[SliceFile], config: TrainConfig) -> list[SliceFile]:
@@ -149,12 +165,13 @@ def load_system(config: TrainConfig, data: Data) -> nn.Module:
         lora_layers=config.lora_layers or None,
         class_names=data.class_names,
         recipe=data.recipe,
-        in_channels=3 if data.contents.channels == 1 else data.contents.channels,
+        in_channels=None if data.contents.channels == 1 else data.contents.channels,
         options=config.options,
     )
     if row.network:
-        if config.checkpointing:
-            raise InputError(f"--checkpointing: {system} has no image encoder of SAM's; leave it out")
+        for flag in ("checkpointing", "cache_embeddings"):
+            if getattr(config, flag):
+                raise InputError(f"--{flag}: {system} has no image encoder of SAM's; leave it out")
     else:
         model.image_encoder.checkpointing = config.checkpointing
     if config.lora_ckpt:

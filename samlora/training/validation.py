@@ -8,6 +8,7 @@ from torch import nn
 
 from samlora.data.dataset import read_geometry
 from samlora.data.grid import Case, to_show
+from samlora.data.patches import place
 from samlora.engine import gathered, together
 from samlora.evaluation.metrics import evaluate, summarise
 from samlora.evaluation.report import contact_sheet
@@ -33,7 +34,7 @@ def validate(
     """
     spec: Spec = model.spec
     labels = range(1, spec.num_classes + 1)
-    cases = [list(items) for _, items in groupby(sorted(data.val, key=lambda s: s.name), key=lambda s: s.case)]
+    cases = [list(items) for _, items in groupby(sorted(data.val, key=place), key=lambda s: s.case)]
     mine = {}
     with together(fabric):
         for number in range(fabric.global_rank, len(cases), fabric.world_size):
@@ -73,12 +74,17 @@ def answers(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, np.ndarray]:
-    """Labels (D, H, W) of a stack, by each way a system answers: "automatic", and "prompted" by the reference."""
-    row, found = system_row(model.spec.system), {}
+    """Labels (D, H, W) of a stack, by each way a system answers: "automatic", and "prompted" by the reference.
+
+    The model answers as it will when it is loaded: without dropout, and with the statistics it has learned, which stay.
+    """
+    row, found, training = system_row(model.spec.system), {}, model.training
+    model.eval()
     if row.automatic:
         found["automatic"] = predict_slices(model, images, model.spec.image_size, device=device, precision=dtype)
     if row.promptable:
         found["prompted"] = predict_prompted(model, images, truth, prompting, device=device, precision=dtype)
+    model.train(training)
     return found
 
 
@@ -96,7 +102,7 @@ def preview(
     """Draws predictions on a validation case, else on a training case, as preview.png and for TensorBoard."""
     if not run.writes:
         return
-    slices = data.val or data.train
+    slices = sorted(data.val or data.train, key=place)
     arrays = list(bad.readable(s for s in slices if s.case == slices[0].case))
     if not arrays:
         return

@@ -187,7 +187,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_in_the_table(data, systems
         compare(systems, config)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_an_own_process_is_stopped_with_its_step_saved_and_goes_on(data, systems, tmp_path, capsys):
     """By the command, as a user has it: SIGTERM to samlora, then the same command again."""
     settings = [f"{name}={value}" for name, value in (SMALL | {"max_iterations": 12}).items()]

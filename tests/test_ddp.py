@@ -37,7 +37,7 @@ from samlora.training.reading import BadSamples
 from samlora.training.setup import Data, Plan, make_fabric
 from samlora.training.validation import validate
 
-SEVERAL = ["under_torchrun", pytest.param("by_fabric", marks=pytest.mark.slow)]
+SEVERAL = ["under_torchrun", pytest.param("by_fabric", marks=pytest.mark.soak)]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SIZE = 64
 

@@ -402,7 +402,7 @@ def test_without_a_recipe_the_size_of_slices_must_be_said():
     assert wanted_input_size(TestConfig(input_size=96), spec) == 96
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_shipped_config_trains_v_net_itself(tmp_path):
     """V-Net at its smallest patch, 32 x 64 x 64, one step; what was saved is what predicts."""
     data = write_stack(tmp_path / "data", *ball((20, 48, 48)))
@@ -413,7 +413,7 @@ def test_the_shipped_config_trains_v_net_itself(tmp_path):
     assert predict_slices(model, ball((20, 48, 48))[0], 64).shape == (20, 48, 48)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_v_net_learns_a_volume_by_heart(monkeypatch, tmp_path):
     monkeypatch.setitem(BASELINES, "vnet", replace(BASELINES["vnet"], multiple=16))
     torch.manual_seed(0)

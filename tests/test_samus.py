@@ -148,7 +148,7 @@ def test_new_parts_take_the_place_of_the_weights():
     assert {p.dtype for p in sam.parameters()} == {torch.float64}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_four_slices_are_learned():
     """With the decoder and all of SAM's encoder frozen, as published."""
     sam, _ = load_base(find_base("vit_ti"), "vit_ti", base_size(64), None)

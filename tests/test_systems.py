@@ -106,7 +106,7 @@ class Learned:
         self.model.eval()
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in TRAINED])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.soak if name in LONG else ()) for name in TRAINED])
 def learned(request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ demo: $(READY)
 
 # Two processes of one thread each: most tests wait for Python, not for the matrix product.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak

@@ -16,7 +16,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import Tensor, nn
 
 from samlora.data.augment import Transform
-from samlora.model.methods import build_model
+from samlora.model.build import build_model
 from samlora.model.sam import Sam
 from samlora.model.variants import EMBED, PATCH, VARIANTS, WINDOW
 

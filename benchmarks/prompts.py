@@ -46,12 +46,8 @@ CLICKS, BOXES = (1, 3, 5), (0, 10)
 MIN_PIXELS, MAX_SLICES = 50, 10  # of an object, and of a case
 UNTOUCHED, WITHOUT_PROMPTS = "sam", "samed"
 BOTH = ("samed", "samlora_joint")
-# Which systems, and the seeds of those that answer without prompts. Left out for the time they take, and to be had by
-# --systems: medsam, which trains the whole encoder, and samus, whose step costs several times that of the others.
-SETS = {
-    "ultrasound": ((*BOTH, "sam_lora", "sam_prompt", "medsam_decoder", "msa"), (0, 1, 2)),
-    "ct": (BOTH, (0,)),
-}
+SYSTEMS = (*BOTH, "sam_lora", "sam_prompt", "medsam", "medsam_decoder", "msa", "samus")
+SEEDS = {"ultrasound": (0, 1, 2), "ct": (0,)}  # of the systems that answer without prompts
 
 
 def prepared(name: str, data: Path, folder: Path) -> Path:
@@ -153,10 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__, "prompts")
     parser.add_argument("--data", type=Path, default=os.environ.get("SAMLORA_DATA") or ROOT.parent / "shared" / "data")
     parser.add_argument("--folder", type=Path, default=Path("runs/prompts"), help="for prepared data, runs and tables")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--systems", nargs="+", help="instead of those that SETS names")
+    parser.add_argument("--sets", nargs="+", choices=SEEDS, default=list(SEEDS))
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS))
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--seeds", nargs="+", type=int, help="instead of those that SETS names")
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of those of SEEDS")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
@@ -170,10 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     record["results"] = {}
     for name in args.sets:
-        systems, seeds = args.systems or SETS[name][0], args.seeds or SETS[name][1]
+        seeds = args.seeds or SEEDS[name]
         data, folder = prepared(name, args.data, args.folder), args.folder / name
         runs: dict[str, list[dict]] = {UNTOUCHED: [{"seed": None} | measure(UNTOUCHED, None, data, folder / "sam")]}
-        for system in systems:
+        for system in args.systems:
             for seed in seeds if system_row(system).automatic else seeds[:1]:
                 own = folder / f"{system}_{seed}"
                 adapter, seconds = adapt(system, data, own, args.steps, seed)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -85,6 +85,18 @@ def gathered(fabric, value: Value) -> list[Value]:
     values = [None] * fabric.world_size
     dist.all_gather_object(values, value)
     return [value for value in values if value]
+
+
+def shared_on_disk(fabric, make: Callable[[], Value]) -> Value:
+    """What `make` returns: made by one process of each machine, which leaves it on disk, then found there by the rest.
+
+    All processes call this. Raises InputError in all where it is raised in one.
+    """
+    made = None
+    with together(fabric):
+        if fabric.local_rank == 0:
+            made = make()
+    return make() if made is None else made
 
 
 @contextlib.contextmanager

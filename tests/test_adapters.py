@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from weights import randomised
 
 from samlora.errors import InputError
 from samlora.model.adapters import ADAPTERS, AdaptedBlock, attend_slices, insert_adapters
@@ -13,15 +14,6 @@ from samlora.model.checkpoint import find_base, load_base, resize_positions
 from samlora.model.lora import LoRA_sam
 from samlora.model.methods import train_only
 from samlora.model.sam import Prompts, Sam, build_sam
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Every parameter random, also those that start at zero, so that nothing can hide."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        scale = 1 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
-        parameter.data = torch.randn(parameter.shape, generator=generator) * scale * 0.5
-    return model.eval()
 
 
 def new_names(sam: Sam) -> set[str]:

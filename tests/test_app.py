@@ -518,16 +518,6 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     assert "pip install 'samlora[app]'" in capsys.readouterr().err
 
 
-def test_files_of_the_page_are_packed():
-    import configparser
-
-    root = Path(__file__).parent.parent
-    setup = configparser.ConfigParser()
-    setup.read(root / "setup.cfg")
-    files = {p.name for p in (root / "samlora" / "app").iterdir() if p.suffix in (".html", ".css", ".js")}
-    assert set(setup["options.package_data"]["samlora.app"].split()) == files
-
-
 # --- in a browser ----------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The house rules, read off the source."""
 
 import ast
+import configparser
 import re
 import subprocess
 import sys
@@ -95,3 +96,11 @@ def test_every_shipped_yaml_is_packed():
     packages = setup["options"]["packages"].split()
     for folder in {p.parent for p in FILES}:
         assert ".".join(folder.relative_to(ROOT).parts) in packages
+
+
+@pytest.mark.parametrize("part", sorted({p.parent.name for p in PACKAGE.rglob("*") if p.suffix in (".html", ".css", ".js")}))
+def test_files_of_pages_are_packed(part):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    files = {p.name for p in (PACKAGE / part).iterdir() if p.suffix in (".html", ".css", ".js")}
+    assert set(setup["options.package_data"][f"samlora.{part}"].split()) == files

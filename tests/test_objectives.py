@@ -12,7 +12,8 @@ from samlora.data.dataset import Sample
 from samlora.data.frame import Frame
 from samlora.errors import InputError
 from samlora.inference.prompted import as_prompts, draw_prompt, predict_prompted
-from samlora.model.methods import SYSTEMS, build_model, system_row
+from samlora.model.build import build_model
+from samlora.model.methods import SYSTEMS, system_row
 from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.embeddings import EmbeddingCache
@@ -41,7 +42,7 @@ def tiny(system: str, **options):
 def objective_of(model, config=None, **prompting):
     row = system_row(model.spec.system)
     config = config or TrainConfig()
-    return OBJECTIVES[row.objective](config, model.spec, model.logit_side, row, replace(row.prompting, **prompting))
+    return OBJECTIVES[row.objective](config, model, replace(row.prompting, **prompting))
 
 
 def test_prompts_depend_on_the_key_alone():
@@ -100,7 +101,7 @@ def test_masks_are_monais_dice_and_cross_entropy():
     objective = objective_of(model, max_objects=3)
     losses = objective(model, batch, 2, None)
     objects = draw_objects(batch, objective.prompting, SIDE, False, 1234, CPU)
-    images, _ = objective._inputs(model, batch, None)
+    images, _ = objective._inputs(model, batch)
     logits = model(images, objects.prompts)
     expected = DiceCELoss(sigmoid=True, squared_pred=True)(logits, objects.targets[:, None])
     torch.testing.assert_close(losses.total, expected)

@@ -242,16 +242,6 @@ def test_classes_take_colours_in_turn():
     assert (first.name, second.name) == ("class 4", "aorta") and first.colour != second.colour
 
 
-def test_files_of_the_page_are_packed():
-    import configparser
-
-    root = Path(__file__).parent.parent
-    setup = configparser.ConfigParser()
-    setup.read(root / "setup.cfg")
-    files = {p.name for p in (root / "samlora" / "evaluation").iterdir() if p.suffix in (".html", ".css", ".js")}
-    assert set(setup["options.package_data"]["samlora.evaluation"].split()) == files
-
-
 @pytest.fixture
 def opened(browser, written):
     """The page in the browser; at the end: nothing was complained about, nothing was fetched, nothing popped up."""

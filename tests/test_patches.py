@@ -22,8 +22,8 @@ from samlora.inference.slices import predict_slices
 from samlora.inference.testing import wanted_input_size
 from samlora.inference.volumes import patch_count
 from samlora.model.baselines import BASELINES, VolumeBaseline
+from samlora.model.build import build_model, load_model
 from samlora.model.checkpoint import read_adapter, save_adapter
-from samlora.model.methods import build_model, load_model
 from samlora.options import make, read_yaml
 from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig

@@ -138,6 +138,17 @@ def test_clicks_build_on_each_other_and_can_be_taken_back(ours):
     assert not ours.reset().any() and not ours.undo().any()
 
 
+def test_a_base_that_never_saw_mask_prompts_gets_none():
+    """Each click of the demo base asks with the points alone; the logits of the one before would spoil its answer."""
+    predictor = Predictor.load(base=samlora.model.checkpoint.find_base("vit_ti"))
+    predictor.set_image(picture((150, 220)))
+    predictor.click(77, 60)
+    second = predictor.click(200, 140, positive=False)
+    assert np.array_equal(second, predictor.predict([[77, 60], [200, 140]], [1, 0]).masks[0])
+    with_logits = predictor.predict([[77, 60], [200, 140]], [1, 0], mask=predictor.predict([[77, 60]], [1]).logits[0])
+    assert not np.array_equal(second, with_logits.masks[0])  # it would have made a difference
+
+
 def test_what_is_kept_lies_on_the_input_s_own_grid(ours, tmp_path):
     """Marks in single voxels of known places come back at those places, whatever the file's axes are."""
     rng = np.random.default_rng(2)

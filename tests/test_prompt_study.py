@@ -15,7 +15,8 @@ from samlora.data.prompts import next_click
 from samlora.evaluation.prompt_figures import AUTOMATIC, BOX, CLICKS, Asked, summarise, table
 from samlora.inference.predictor import Masks, Predictor
 from samlora.inference.prompt_study import PromptStudyConfig, click_through, dice_of, measure_case
-from samlora.model.methods import build_model, system_row
+from samlora.model.build import build_model
+from samlora.model.methods import system_row
 
 SIDE = 48
 CONFIG = PromptStudyConfig(output="unused", clicks=(1, 2, 4), boxes=(0, 6), min_pixels=5, device="cpu")

@@ -7,6 +7,7 @@ import torch
 from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
+from weights import randomised
 
 import samlora
 from samlora.errors import InputError
@@ -22,15 +23,6 @@ from samlora.model.sam import (
     unpartition,
 )
 from samlora.model.variants import VARIANTS
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Fills every parameter, also those that start at zero, so that nothing can hide."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        scale = 1 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
-        parameter.data = torch.randn(parameter.shape, generator=generator) * scale * 0.5
-    return model.eval()
 
 
 @pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])

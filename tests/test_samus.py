@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import PromptEncoder
-from test_adapters import fit, half_objects, randomised
+from test_adapters import fit, half_objects
 from torch import nn
+from weights import randomised
 
 from samlora.errors import InputError
 from samlora.model.adapters import insert_adapters

@@ -13,8 +13,9 @@ from samlora.errors import InputError
 from samlora.inference.config import TestConfig
 from samlora.inference.testing import load_tested
 from samlora.model.baselines import BASELINES
+from samlora.model.build import build_model, load_model
 from samlora.model.checkpoint import load_trained, read_adapter, save_adapter
-from samlora.model.methods import SYSTEMS, build_model, load_model, trained_names
+from samlora.model.methods import SYSTEMS, trained_names
 from samlora.model.variants import VARIANTS
 from samlora.training.config import TrainConfig
 from samlora.training.objectives import make_objective
@@ -62,7 +63,7 @@ def answered(model, objective, batch) -> list[tuple[torch.Tensor, torch.Tensor]]
     """(answer, truth), bool, by each way the system answers: its logits' own pixels, as these are all it can decide."""
     images, labels = ([torch.from_numpy(getattr(s, kind)) for s in batch] for kind in ("image", "label"))
     side, row = model.spec.image_size, objective.row
-    images, targets = make_batch(images, labels, [s.transform for s in batch], side, CPU, row.pad, row.fill, objective.low)
+    images, targets = make_batch(images, labels, [s.transform for s in batch], side, CPU, row.pad, model.fill, objective.low)
     ways = []
     if row.automatic:
         classes = model(images).argmax(1)

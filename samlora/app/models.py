@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,8 +10,9 @@ import torch
 from samlora.data.recipe import Recipe
 from samlora.device import DTYPES, device_name, pick_device, pick_precision
 from samlora.errors import InputError
-from samlora.model.checkpoint import DEMO_FILE, Base, find_base, open_base, read_adapter
-from samlora.model.methods import build_model, load_model, system_row
+from samlora.model.build import build_model, load_model
+from samlora.model.checkpoint import DEMO_FILE, Base, find_base, guess_spec, open_base, read_adapter
+from samlora.model.methods import system_row
 from samlora.model.sam import Sam
 from samlora.model.variants import VARIANTS
 
@@ -44,8 +45,7 @@ class Models:
     adapters: adapter files, in the order in which they are offered. ckpt: the base of all of them; None for each
     adapter's usual one, and for the demo base where there is no adapter. Every base that a file was opened for is
     offered itself too, untouched, for clicks. device, precision: as of `samlora predict`. image_size: side of the
-    input of the untouched bases; None for the one they were
-    trained at. recipe: for adapters that hold none.
+    input of the untouched bases; None for the one they were trained at. recipe: for adapters that hold none.
     Raises InputError or MissingFileError where an adapter or a base cannot be used.
     """
 
@@ -82,11 +82,7 @@ class Models:
 
     def _load(self, path: Path, ckpt: str | Path | None, recipe: Recipe | None) -> tuple[Path, Entry]:
         tensors, spec = read_adapter(path)
-        if spec is None:  # SAMed's files: their width tells the variant
-            width = tensors["w_a_000"].shape[-1]
-            variant = next((name for name, known in VARIANTS.items() if known.width == width), "vit_b")
-        else:
-            variant = spec.variant
+        variant = guess_spec(tensors, path)["variant"] if spec is None else spec.variant
         if spec is not None and system_row(spec.system).network:
             raise InputError(f"--adapter {path}: {spec.system} is no SAM; the page has none of it, use samlora predict")
         own_base = spec is not None and spec.base.startswith("random:") and ckpt is None
@@ -95,13 +91,11 @@ class Models:
         row, spec = system_row(model.spec.system), model.spec
         if spec.recipe is not None:
             recipe = Recipe.from_dict(spec.recipe, f"{path}: its recipe")
-        # Plain LoRA files of SAMed's kind may come without a decoder for classes; they answer prompts.
-        automatic = row.automatic and getattr(model, "num_masks", 0) == spec.num_classes + 1
         note = "" if row.promptable else "It draws its classes by itself and takes no clicks."
         detail = f"{spec.system}, {spec.variant}, {spec.image_size} px"
-        known = tuple(spec.class_names) if automatic or spec.recipe is not None else ()
+        known = tuple(spec.class_names) if row.automatic or spec.recipe is not None else ()
         model = model.to(self.device)
-        return path, Entry(path.stem, detail, row.promptable, automatic, known, recipe, note, model)
+        return path, Entry(path.stem, detail, row.promptable, row.automatic, known, recipe, note, model)
 
     def _untouched(self, base: Base, image_size: int | None) -> Entry:
         model = build_model("sam", base, image_size=image_size or VARIANTS[base.variant].image_size)
@@ -119,12 +113,8 @@ class Models:
 
 def _named_apart(loaded: Sequence[tuple[Path, Entry]]) -> list[Entry]:
     """The entries; those whose files have one name take their folder's in front."""
-    import dataclasses
-
     names = [entry.name for _, entry in loaded]
     return [
-        dataclasses.replace(entry, name=f"{path.resolve().parent.name}/{entry.name}")
-        if names.count(entry.name) > 1
-        else entry
+        replace(entry, name=f"{path.resolve().parent.name}/{entry.name}") if names.count(entry.name) > 1 else entry
         for path, entry in loaded
     ]

@@ -147,8 +147,8 @@ def _measure(
     from samlora.device import DTYPES, pick_device, pick_precision
     from samlora.inference.prompted import predict_prompted
     from samlora.inference.slices import predict_slices
+    from samlora.model.build import load_model
     from samlora.model.lora import merge
-    from samlora.model.methods import load_model
     from samlora.training.objectives import prompting_of
 
     config = make(TrainConfig, job.values)

@@ -36,8 +36,9 @@ def make_batch(
     import torch
 
     low = side // 4 if low is None else low
+    values = torch.tensor(fill, device=device)[:, None, None]
     channels = 1 if images[0].ndim == 2 else len(images[0])
-    batch = torch.empty(len(images), channels, side, side, device=device)
+    batch = torch.empty(len(images), len(values) if pad else channels, side, side, device=device)
     targets = torch.empty(len(images), low, low, dtype=torch.int64, device=device)
     for i, (image, label, transform) in enumerate(zip(images, labels, transforms)):
         image, label = (transformed(x.to(device, non_blocking=True), transform) for x in (image, label))
@@ -47,25 +48,15 @@ def make_batch(
         else:
             rows, cols = (torch.from_numpy(matrix).to(device) for matrix in frame.matrices)
             batch[i] = rows @ image @ cols.T
+        if pad:
+            height, width = frame.size
+            batch[i, :, height:], batch[i, :, :, width:] = values, values
         positions = [torch.from_numpy(np.array(index)).to(device) for index in frame.label_index]
         target = label[positions[0][:, None], positions[1]].long()
         target[positions[0] < 0, :] = 0
         target[:, positions[1] < 0] = 0
         targets[i] = target
-    batch = batch if channels > 1 else batch.expand(-1, 3, -1, -1)
-    return _filled(batch, labels, transforms, side, fill) if pad else batch, targets
-
-
-def _filled(batch, labels: Sequence, transforms: Sequence[Transform], side: int, fill: Sequence[float]):
-    """The batch with the padding of each image set to `fill`."""
-    import torch
-
-    batch, values = batch.contiguous(), torch.tensor(fill, device=batch.device)[:, None, None]
-    for i, (label, transform) in enumerate(zip(labels, transforms)):
-        rows, cols = frame_of(*transformed(label, transform).shape, side, True).size
-        batch[i, :, rows:] = values
-        batch[i, :, :, cols:] = values
-    return batch
+    return batch if batch.shape[1] > 1 else batch.expand(-1, 3, -1, -1), targets
 
 
 def transformed(x, transform: Transform):

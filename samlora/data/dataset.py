@@ -241,14 +241,18 @@ class SliceDataset:
         return len(self.slices)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
-        item = self.slices[index]
-        image, label = item.read() if self.decoded is None else self.decoded[index]
+        return self.sample(key, self.transform(key))
+
+    def transform(self, key: tuple[int, int]) -> Transform:
+        """What is done to the sample of this (epoch, index)."""
+        return sample_transform(np.random.default_rng([self.seed, 2, *key])) if self.augment else Transform()
+
+    def sample(self, key: tuple[int, int], transform: Transform) -> Sample:
+        """The sample of this (epoch, index), in a transform of the caller's."""
+        item = self.slices[key[1]]
+        image, label = item.read() if self.decoded is None else self.decoded[key[1]]
         if image.ndim == 3:  # files hold channels last, as pictures do
             image = np.ascontiguousarray(np.moveaxis(image, -1, 0))
-        transform = Transform()
-        if self.augment:
-            transform = sample_transform(np.random.default_rng([self.seed, 2, epoch, index]))
         return Sample(item.name, image, label.astype(np.uint8), transform, key)
 
 

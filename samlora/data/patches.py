@@ -32,8 +32,8 @@ def stacks(slices: Sequence[SliceFile]) -> dict[str, list[int]]:
         for before, after in zip(positions, positions[1:]):
             if place(slices[before])[1] + 1 != place(slices[after])[1]:
                 raise InputError(
-                    f"{slices[after].path}: does not follow {slices[before].name} by its number, but patches need all "
-                    "slices of a volume between its first and its last; prepare the data with keep: all"
+                    f"{slices[after].path}: does not follow {slices[before].name} by its number, but this system needs "
+                    "all slices of a volume between its first and its last; prepare the data with keep: all"
                 )
     return found
 

@@ -28,9 +28,9 @@ from samlora.inference.ensemble import Averaged
 from samlora.inference.postprocess import Postprocess
 from samlora.inference.slices import check_automatic, predict_slices
 from samlora.journal import Journal
+from samlora.model.build import load_model
 from samlora.model.checkpoint import Spec
 from samlora.model.lora import merge
-from samlora.model.methods import load_model
 
 # What a label map is written as, by what its image came as; everything else becomes NIfTI.
 _ENDINGS = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from samlora.data.frame import Frame
-from samlora.data.grid import Case, Volume, case_to_volume, neighbours
+from samlora.data.grid import Case, Volume, case_to_volume
 from samlora.data.pictures import PICTURE_AFFINE
 from samlora.data.recipe import Recipe
 from samlora.data.usual import usual_recipe
@@ -21,10 +21,12 @@ from samlora.device import pick_device
 from samlora.errors import InputError
 from samlora.inference.asked import check_prompts
 from samlora.inference.predict import as_case, fitting_recipe
+from samlora.inference.prompted import encode_slices
 from samlora.inference.propagate import Carried, StopRule, propagate
 from samlora.model import checkpoint
+from samlora.model.build import build_model, load_model
 from samlora.model.lora import merge
-from samlora.model.methods import build_model, load_model, system_row, trained_names
+from samlora.model.methods import system_row, trained_names
 from samlora.model.sam import Prompts, Sam
 from samlora.model.variants import VARIANTS
 
@@ -90,7 +92,6 @@ class Predictor:
             model = model.to(pick_device("auto") if device == "auto" else torch.device(device))
         self.model, self.row = model.eval(), system_row(model.spec.system)
         self.device, self.precision = next(model.parameters()).device, precision
-        self._fill = self.row.fill if model.spec.in_channels == 3 else 0.0
         trained = trained_names(model, model.spec.system, model.spec.options)
         decoder = "prompt_decoder." if model.prompt_decoder is not None else "mask_decoder."
         untouched = not any(name.startswith(decoder) for name in trained)
@@ -145,8 +146,7 @@ class Predictor:
         case = self._as_case(image)
         height, width = case.image.shape[1:3]
         through = None if self.recipe is None else self.recipe.size
-        low = self.model.prompt_encoder.mask_input_size[0]
-        self._frame = Frame(height, width, self.model.image_size, self.row.pad, through, low)
+        self._frame = Frame(height, width, self.model.image_size, self.row.pad, through, self.model.logit_side)
         self._case, self.labels = case, np.zeros(case.image.shape[:3], np.uint8)
         return self.select(len(case.image) // 2 if index is None else index)
 
@@ -253,7 +253,7 @@ class Predictor:
         taken, as far as the system has them.
         """
         now = self._steps[-1]
-        return self._ask((*now.points, (x, y, int(positive))), now.box, now.logits)
+        return self._ask((*now.points, (x, y, int(positive))), now.box, now.logits if self.takes_masks else None)
 
     def draw_box(self, x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
         """Sets the box of this slice, in place of an earlier one, beside the clicks; returns the mask (H, W)."""
@@ -344,22 +344,20 @@ class Predictor:
         """(1, 256, h, w), from the cache or made."""
         index = self._checked_index(index)
         if index not in self._cache:
-            self._cache[index] = self._encode(index)
+            self._cache |= self._encode(index)
+            self._cache.move_to_end(index)
             while len(self._cache) > 1 and sum(e.nbytes for e in self._cache.values()) > self._cache_bytes:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(index)
         return self._cache[index]
 
     @torch.inference_mode()
-    def _encode(self, index: int) -> Tensor:
-        stack = self.case.image
-        gray_neighbours = self.recipe is not None and self.recipe.channels == "neighbours" and stack.ndim == 3
-        shown = neighbours(stack, [index])[0] if gray_neighbours else stack[index]
-        square = torch.from_numpy(self._frame.image(shown, self._fill)).to(self.device)
+    def _encode(self, index: int) -> dict[int, Tensor]:
+        with_neighbours = self.recipe is not None and self.recipe.channels == "neighbours"
         half = self.precision != torch.float32
         with torch.autocast(self.device.type, self.precision, enabled=half):
-            embedding = self.model.encode(square[None])
-        return embedding.to(self.precision) if half else embedding
+            found = encode_slices(self.model, self.case.image, [index], self._frame, with_neighbours)
+        return {n: embedding[None].to(self.precision) for n, embedding in found.items()}
 
     def _as_case(self, image: np.ndarray | str | os.PathLike | Volume | Case) -> Case:
         if isinstance(image, Case):

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from samlora.data import prompts as from_masks
+from samlora.data.chunks import slices_from
 from samlora.data.frame import Frame
 from samlora.data.grid import neighbours
 from samlora.model.methods import system_row
-from samlora.model.sam import Prompts
+from samlora.model.sam import Prompts, Sam
 from samlora.prompting import Prompting
 
 
@@ -78,9 +79,33 @@ def as_prompts(
     )
 
 
+def encode_slices(
+    model: Sam, image: np.ndarray, indices: Sequence[int], frame: Frame, with_neighbours: bool = False
+) -> dict[int, Tensor]:
+    """Embeddings (256, S/16, S/16) of slices of a stack, under their numbers.
+
+    A model that encodes neighbouring slices together sees each in its chunk of the stack, and what else is in these
+    chunks is returned too. image: (D, H, W) or (D, H, W, C) float32 in 0..1. with_neighbours: as in
+    `slices.predict_slices`.
+    """
+    depth, count = model.chunk, len(image)
+    numbers = sorted({index // depth for index in indices})
+    chunks = [slices_from(number * depth, count, depth) for number in numbers]
+    read = [index for chunk in chunks for index in chunk]
+    shown = neighbours(image, read) if with_neighbours and image.ndim == 3 else image[read]
+    squares = torch.from_numpy(np.stack([frame.image(one, model.fill) for one in shown]))
+    embeddings = model.encode(squares.to(next(model.parameters()).device)).unflatten(0, (-1, depth))
+    found: dict[int, Tensor] = {}
+    for number, chunk, encoded in zip(numbers, chunks, embeddings):
+        for index, embedding in zip(chunk, encoded):
+            if index // depth == number:  # the last chunk of a volume reaches back into the one before
+                found.setdefault(index, embedding)
+    return found
+
+
 @torch.inference_mode()
 def predict_prompted(
-    model: nn.Module,
+    model: Sam,
     image: np.ndarray,
     reference: np.ndarray,
     prompting: Prompting,
@@ -101,13 +126,10 @@ def predict_prompted(
     """
     row, (height, width) = system_row(model.spec.system), image.shape[1:3]
     frame = Frame(height, width, model.image_size, row.pad, input_size, model.logit_side)
-    fill = row.fill if model.spec.in_channels == 3 else 0.0
     result = np.zeros(image.shape[:3], np.uint8)
     shown = [index for index in range(len(image)) if reference[index].any()]
     for start in range(0, len(shown), batch_size):
         indices = shown[start : start + batch_size]
-        part = neighbours(image, indices) if with_neighbours and image.ndim == 3 else image[indices]
-        squares = torch.from_numpy(np.stack([frame.image(one, fill) for one in part])).to(device)
         drawn, where, labels = [], [], []
         for number, index in enumerate(indices):
             generator = np.random.default_rng([seed, 5, index])
@@ -116,7 +138,9 @@ def predict_prompted(
                 where.append(number)
                 labels.append(label)
         with torch.autocast(torch.device(device).type, precision, enabled=precision != torch.float32):
-            answer = model(squares, as_prompts(drawn, where, prompting, device))[:, 0]
+            encoded = encode_slices(model, image, indices, frame, with_neighbours)
+            embeddings = torch.stack([encoded[index] for index in indices])
+            answer = model(None, as_prompts(drawn, where, prompting, device), embeddings)[:, 0]
         logits = frame.logits(answer)
         for number, index in enumerate(indices):
             own = [n for n, image_number in enumerate(where) if image_number == number]

@@ -27,9 +27,10 @@ from samlora.inference.ensemble import Averaged
 from samlora.inference.postprocess import Postprocess
 from samlora.inference.slices import check_automatic, predict_slices
 from samlora.journal import Journal
+from samlora.model.build import load_model
 from samlora.model.checkpoint import Spec, guess_spec, read_adapter
 from samlora.model.lora import merge
-from samlora.model.methods import load_model, named_system, system_row
+from samlora.model.methods import named_system, system_row
 
 PUBLISHED_INPUT_SIZE = 224
 CASES_SHOWN = 12  # in report.html, the worst

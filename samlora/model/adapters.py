@@ -114,3 +114,4 @@ def insert_adapters(sam: Sam, ratio: float = 0.25, scale: float = 0.5, depth: in
     if not all(isinstance(block, Block) for block in blocks):
         raise InputError("this encoder carries adapters already; build a fresh model instead of inserting twice")
     sam.image_encoder.blocks = nn.ModuleList(AdaptedBlock(block, ratio, scale, depth) for block in blocks)
+    sam.chunk = depth or 1

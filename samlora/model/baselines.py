@@ -103,6 +103,7 @@ class Baseline(nn.Module):
 
     volumetric = False
     logit_stride = 1
+    chunk = 1  # slices that must go in together, see samlora.model.sam.Sam
 
     def __init__(self, name: str, image_size: int, num_masks: int, in_channels: int):
         super().__init__()
@@ -113,6 +114,11 @@ class Baseline(nn.Module):
     def logit_side(self) -> int:
         """Side of the logits in pixels."""
         return self.image_size // self.logit_stride
+
+    @property
+    def fill(self) -> tuple[float, ...]:
+        """What images are padded with, one value a channel."""
+        return (0.0,) * self.in_channels
 
     @property
     def input_shape(self) -> tuple[int, ...]:

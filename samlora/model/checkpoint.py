@@ -130,6 +130,9 @@ class Base:
     variant: str
     state: dict[str, Tensor]
 
+    def __str__(self) -> str:
+        return str(self.path)
+
 
 def open_base(path: str | os.PathLike, variant: str | None = None, device: torch.device | str = "cpu") -> Base:
     """Reads and verifies a base checkpoint. variant: None to take what the file holds.

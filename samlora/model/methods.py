@@ -1,28 +1,17 @@
-"""One row per system, and the three calls that make, load and rebuild a model from it."""
+"""One row per system: how it is built and what of it trains."""
 
 import fnmatch
-import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from samlora.errors import InputError
-from samlora.model import checkpoint
 from samlora.model.adapters import ADAPTERS, insert_adapters
-from samlora.model.baselines import BASELINES, build_baseline
-from samlora.model.checkpoint import Base, Spec
-from samlora.model.lora import LoRAOptions, inject_decoder, inject_encoder, translate_adapter
-from samlora.model.mobile import TinyEncoder, inject_tiny
-from samlora.model.sam import PIXEL_MEAN, Sam, build_decoder, build_sam, usual_size
+from samlora.model.baselines import BASELINES
+from samlora.model.sam import Sam
 from samlora.model.samus import base_size, insert_samus, samus_names
-from samlora.model.stem import InputStem
-from samlora.model.variants import STOCK_MASKS, VARIANTS
 from samlora.prompting import Prompting
 
 
@@ -71,11 +60,6 @@ class System:
     def volumetric(self) -> bool:
         """Whether it takes patches of volumes instead of slices."""
         return self.objective == "patches"
-
-    @property
-    def fill(self) -> tuple[float, float, float]:
-        """What images are padded with, in 0..1: where the pixel mean is taken away, that mean, as SAM pads after it."""
-        return tuple(mean / 255 for mean in PIXEL_MEAN) if self.normalise else (0.0, 0.0, 0.0)
 
 
 # LoRA on q, v and, by option, k; on the projection and the MLP; DoRA's magnitudes.
@@ -234,8 +218,6 @@ SYSTEMS = {
     )
     for name, network in BASELINES.items()
 }
-NETWORK_SIZE = 512  # usual side of images for networks without a base
-PATCH_SIZE = 128  # and of patches
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")  # what the option `freeze` can name
 
 
@@ -290,7 +272,7 @@ def system_options(system: str, given: Mapping[str, Any] | None) -> dict[str, An
         options["freeze"] = list(options["freeze"])
         unknown = [part for part in options["freeze"] if part not in PARTS]
         if unknown or set(options["freeze"]) == set(PARTS):
-            raise InputError(f"--freeze {' '.join(options['freeze'])}: give one or two of {', '.join(PARTS)}")
+            raise InputError(f"the option freeze={','.join(options['freeze'])}: give one or two of {', '.join(PARTS)}")
     return options
 
 
@@ -302,212 +284,3 @@ def train_only(model: nn.Module, names: Iterable[str]) -> None:
         raise InputError(f"no parameter {min(names - parameters.keys())} in this model to train")
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in names)
-
-
-def build_model(
-    system: str = "samed",
-    base: str | os.PathLike | Base | None = "default",
-    variant: str | None = None,
-    image_size: int | None = None,
-    num_classes: int = 8,
-    rank: int = 4,
-    lora_layers: Iterable[int] | None = None,
-    class_names: Iterable[str] | None = None,
-    recipe: dict | None = None,
-    in_channels: int | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Sam:
-    """Builds a system on a base, ready to train: `model(images (B, 3, S, S)) -> logits`, on the CPU, float32.
-
-    base: a base checkpoint; "default" for the variant's file in ./checkpoints (vit_ti: the demo base that
-    ships); a `checkpoint.Base` to share its tensors with other models; None for random weights, with a warning.
-    variant: vit_ti, vit_b, vit_l or vit_h; None to read it from the base.
-    image_size: S, a multiple of 16; None for 512 (vit_ti: 256; patches: 128).
-    num_classes: foreground classes; logits are (B, num_classes + 1, S/4, S/4) with background 0.
-    rank, lora_layers: of the LoRA pairs; all encoder blocks when None.
-    class_names, recipe: kept in the adapter file; recipe is plain data (samlora.data.recipe).
-    in_channels: channels of the images; None for 3 (patches: 1). In a SAM others than 3 go through a learned 1x1
-    convolution (samlora.model.stem).
-    options: what the system's row offers beyond these, such as `freeze` of sam_prompt.
-    Images are in 0..1 for every system. Systems with prompts take them as `model(images, prompts)`.
-    The result's `.spec` says what it is. Raises InputError or MissingFileError when something does not fit.
-    """
-    row = system_row(system)
-    if num_classes < 1:
-        raise InputError(f"num_classes {num_classes} is not possible; it counts foreground classes: give 1 or more")
-    names = tuple(class_names) if class_names is not None else tuple(f"class_{i}" for i in range(1, num_classes + 1))
-    if len(names) != num_classes:
-        raise InputError(f"{len(names)} class names for num_classes {num_classes}; give one name per foreground class")
-    chosen = system_options(system, options)
-    in_channels = (1 if row.volumetric else 3) if in_channels is None else in_channels
-    if in_channels < 1:
-        raise InputError(f"in_channels {in_channels} is not possible; give the number of channels of the images")
-    if lora_layers is not None and not row.lora:
-        raise InputError(f"lora layers {list(lora_layers)}: the system {system} has no LoRA; leave them out")
-    if row.network:
-        usual = PATCH_SIZE if row.volumetric else NETWORK_SIZE
-        sam = build_baseline(system, image_size or usual, num_classes + 1, in_channels)
-        sam.variant, base_name, digest = system, "none", None
-        layers: Iterable[int] = ()
-    else:
-        num_masks = num_classes + 1 if row.prompts == "none" else None
-        side = image_size if row.base_size is None else row.base_size(image_size)
-        sam, base_name, digest = _base(base, variant, row, side, num_masks)
-        layers = _equip(sam, row, num_classes, rank, lora_layers, in_channels, chosen)
-    names_trained = trained_names(sam, system, chosen)
-    train_only(sam, names_trained)
-    if isinstance(base, Base):
-        checkpoint.unshare(sam, names_trained)
-    sam.spec = Spec(
-        system=system,
-        variant=sam.variant,
-        rank=rank if row.lora else 0,
-        lora_layers=tuple(layers),
-        image_size=sam.image_size,
-        num_classes=num_classes,
-        class_names=names,
-        base=base_name,
-        base_sha256=digest,
-        recipe=recipe,
-        samlora_version=_version(),
-        in_channels=in_channels,
-        options=chosen,
-    )
-    return sam
-
-
-def _equip(
-    sam: Sam,
-    row: System,
-    num_classes: int,
-    rank: int,
-    lora_layers: Iterable[int] | None,
-    in_channels: int,
-    options: Mapping[str, Any],
-) -> Iterable[int]:
-    """Puts into a SAM what its system has beyond it; returns the blocks that got LoRA."""
-    if in_channels != 3:
-        sam.input_stem = InputStem(in_channels)
-    sam.normalise = row.normalise
-    if row.prompts == "both":
-        _add_class_decoder(sam, num_classes + 1)
-    if row.insert is not None:
-        row.insert(sam, **options)
-    if not row.lora:
-        return ()
-    inject = inject_tiny if isinstance(sam.image_encoder, TinyEncoder) else inject_encoder
-    layers = inject(sam.image_encoder, LoRAOptions(rank, **options), lora_layers)
-    if row.lora_decoder:
-        inject_decoder(sam.mask_decoder.transformer, rank)
-    return layers
-
-
-def _add_class_decoder(sam: Sam, num_masks: int) -> None:
-    """The base's decoder becomes the one for prompts; a copy of it, with mask tokens of its own, draws the classes."""
-    sam.prompt_decoder, sam.mask_decoder, sam.num_masks = sam.mask_decoder, build_decoder(num_masks), num_masks
-    state = sam.prompt_decoder.state_dict()
-    shared = {name: tensor for name, tensor in state.items() if not checkpoint.is_class_tensor(name)}
-    sam.mask_decoder.load_state_dict(shared, strict=False)
-
-
-def _base(
-    base: str | os.PathLike | Base | None,
-    variant: str | None,
-    row: System,
-    image_size: int | None,
-    num_masks: int | None,
-) -> tuple[Sam, str, str | None]:
-    """The SAM, the name of its base and the SHA-256 of the base's file."""
-    if base == "default":
-        base = checkpoint.find_base(_known(variant or row.variant))
-    if isinstance(base, Base):
-        sam, digest = checkpoint.load_base(base, variant, image_size, num_masks)
-        return sam, base.path.name, digest
-    if base is not None and not str(base).startswith("random:"):
-        sam, digest = checkpoint.load_base(base, variant, image_size, num_masks)
-        return sam, Path(base).name, digest
-    variant = _known(variant or row.variant)
-    if base is None:
-        # The seed is drawn from torch's generator and kept in the adapter, so that it can be rebuilt.
-        seed = int(torch.randint(2**31 - 1, ()))
-        warnings.warn(
-            f"base=None: {variant} starts from random weights (seed {seed}), not from a trained SAM",
-            stacklevel=3,
-        )
-    else:
-        seed = int(str(base).removeprefix("random:"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        sam = build_sam(variant, image_size or usual_size(variant), num_masks or STOCK_MASKS)
-    return sam, f"random:{seed}", None
-
-
-def _known(variant: str) -> str:
-    if variant not in VARIANTS:
-        raise InputError(f"unknown SAM variant {variant!r}; known: {', '.join(VARIANTS)}")
-    return variant
-
-
-def _version() -> str:
-    try:
-        return metadata.version("samlora")
-    except metadata.PackageNotFoundError:  # run from a source tree that was not installed
-        return "source"
-
-
-def load_model(
-    adapter: str | os.PathLike, base: str | os.PathLike | Base | None = "default", image_size: int | None = None
-) -> Sam:
-    """Rebuilds a trained model: `model(images) -> logits`, on the CPU, in evaluation mode.
-
-    adapter: a file of samlora, of SAMed (`.pth`), or plain LoRA safetensors; rank and class count are read
-    from it. base: the base it was trained on, its file or a `checkpoint.Base` of it; "default" or None for that
-    base's usual place (or, for a model that began from random weights, those weights again). image_size: None for the
-    adapter's own; SAMed's files do not know theirs and get 512.
-    Raises InputError when the adapter and the base do not belong together, or a tensor is missing,
-    unexpected or of another shape.
-    """
-    tensors, spec = checkpoint.read_adapter(adapter)
-    base = "default" if base is None else base
-    # Nothing below may depend on, or move, the caller's random numbers.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if spec is None:
-            return _load_foreign(tensors, adapter, base, image_size).eval()
-        without_file = spec.base == "none" or spec.base.startswith("random:")
-        if without_file and base != "default":
-            raise InputError(f"{adapter}: began with random weights ({spec.base}), not with {base}; leave the base out")
-        model = build_model(
-            system=spec.system,
-            base=spec.base if without_file else base,
-            variant=None if spec.base == "none" else spec.variant,
-            image_size=image_size or spec.image_size,
-            num_classes=spec.num_classes,
-            rank=spec.rank,
-            lora_layers=spec.lora_layers or None,
-            class_names=spec.class_names,
-            recipe=spec.recipe,
-            in_channels=spec.in_channels,
-            options=spec.options,
-        )
-    if model.spec.base_sha256 != spec.base_sha256:
-        raise InputError(
-            f"{adapter}: was trained on the base {spec.base} (SHA-256 {spec.base_sha256[:12]}...), "
-            f"but {model.spec.base} "
-            f"has {model.spec.base_sha256[:12]}...; give that base with --ckpt"
-        )
-    checkpoint.load_trained(model, tensors, adapter)
-    return model.eval()
-
-
-def _load_foreign(
-    tensors: dict, adapter: str | os.PathLike, base: str | os.PathLike | Base, image_size: int | None
-) -> Sam:
-    guess = checkpoint.guess_spec(tensors, adapter)
-    guess["num_classes"] = guess["num_classes"] or STOCK_MASKS - 1
-    model = build_model(base=base, image_size=image_size, **guess)
-    translated = translate_adapter(model, tensors, adapter)
-    if isinstance(base, Base):
-        checkpoint.unshare(model, translated)
-    model.load_state_dict(translated, strict=False)
-    return model

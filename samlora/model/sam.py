@@ -26,6 +26,9 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 
+_LOGITS_AT_ONCE = 2**20  # of attention: 2 to 4 MB, which stay in a CPU's caches between the passes over them
+
+
 class Prompts:
     """Prompts for P masks, in pixels (x, y) of the model's input of side S.
 
@@ -85,12 +88,12 @@ class Attention(nn.Module):
         count, rows, cols, _ = qkv.shape
         q, k, v = qkv.view(count, rows * cols, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         rel_h, rel_w = self._relative(q, rows, cols)
-        # Measured on a CPU (benchmarks/attention.py): plain matrix products win in bfloat16 and, with a graph, in
-        # windows; in float32 windows without one neither wins every run. On long float32 sequences the widened form
-        # wins without a graph; with one it takes about as long, but stores no logits. Only it runs on a GPU's flash
-        # kernels.
+        # Measured on a CPU (benchmarks/attention.py): plain matrix products in parts that stay in its caches win
+        # wherever no graph is kept, and in bfloat16 and in windows with one. On long float32 sequences with a graph the
+        # widened form takes about as long, but stores no logits. Only it runs on a GPU's flash kernels.
+        graph = torch.is_grad_enabled() and (q.requires_grad or self.rel_pos_h.requires_grad)
         long_float32 = q.dtype == torch.float32 and rows * cols >= 1024
-        attend = _attend_widened if q.is_cuda or long_float32 else _attend_matmul
+        attend = _attend_widened if q.is_cuda or (graph and long_float32) else _attend_matmul
         out = attend(q, k, v, rel_h, rel_w).transpose(1, 2).reshape(count, rows, cols, channels)
         if window:
             out = unpartition(out, window, height, width)
@@ -111,12 +114,26 @@ def _table(rel_pos: Tensor, size: int) -> Tensor:
 
 
 def _attend_matmul(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-    count, heads, length, depth = q.shape
-    # The product is added onto the bias in one pass. The sum takes its layout from rel_h and rel_w, which einsum
-    # leaves permuted; baddbmm would copy a sum that is not contiguous.
-    bias = (rel_h.contiguous().unsqueeze(-1) + rel_w.contiguous().unsqueeze(-2)).view(-1, length, length)
-    logits = torch.baddbmm(bias, (q * depth**-0.5).flatten(0, 1), k.flatten(0, 1).transpose(-2, -1))
-    return logits.softmax(dim=-1).to(v.dtype).view(count, heads, length, length) @ v
+    shape, length = v.shape, q.shape[2]
+    q, k, v = (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
+    # einsum leaves these permuted, and their sum would take that layout; baddbmm copies what is not contiguous.
+    rel_h, rel_w = (rel.flatten(2, 3).flatten(0, 1).contiguous() for rel in (rel_h, rel_w))
+    if torch.is_grad_enabled() and (q.requires_grad or rel_h.requires_grad) or torch.compiler.is_compiling():
+        return _attend_part(q, k, v, rel_h, rel_w).view(shape)
+    out, together = torch.empty_like(v), max(1, _LOGITS_AT_ONCE // length**2)
+    rows = max(1, min(length, _LOGITS_AT_ONCE // length))
+    for start in range(0, len(q), together):
+        part = slice(start, start + together)
+        for row in range(0, length, rows):
+            asked = part, slice(row, row + rows)
+            out[asked] = _attend_part(q[asked], k[part], v[part], rel_h[asked], rel_w[asked])
+    return out.view(shape)
+
+
+def _attend_part(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """q: (n, L, d), scaled. k: (n, d, M). v: (n, M, d). rel_h, rel_w: (n, L, rows), (n, L, cols). M = rows cols."""
+    bias = (rel_h.unsqueeze(-1) + rel_w.unsqueeze(-2)).flatten(2)
+    return torch.baddbmm(bias, q, k).softmax(dim=-1).to(v.dtype) @ v
 
 
 def _attend_widened(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
@@ -146,7 +163,9 @@ def unpartition(x: Tensor, window: int, height: int, width: int) -> Tensor:
     """Undoes `partition`: (B * windows, window, window, C) -> (B, height, width, C)."""
     rows, cols = -(-height // window), -(-width // window)
     x = x.view(-1, rows, cols, window, window, x.shape[-1]).transpose(2, 3)
-    return x.reshape(-1, rows * window, cols * window, x.shape[-1])[:, :height, :width]
+    x = x.reshape(-1, rows * window, cols * window, x.shape[-1])[:, :height, :width]
+    # A Linear in bfloat16 copies its weight for every row of a grid that is not contiguous; in float32 it takes views.
+    return x if x.dtype == torch.float32 else x.contiguous()
 
 
 class Block(nn.Module):
@@ -235,7 +254,8 @@ class Sam(nn.Module):
 
     Two decoders make a model that answers with and without prompts: then `mask_decoder` draws the classes and
     `prompt_decoder` is the one for prompts. normalise: brings images from 0..1 to SAM's pixel statistics first, as
-    Meta trained it; SAMed and MedSAM leave that out.
+    Meta trained it; SAMed and MedSAM leave that out. chunk: neighbouring slices of a volume that are encoded together,
+    one after the other in the batch; 1 where each is encoded by itself.
     """
 
     def __init__(self, variant: str, image_size: int, num_masks: int):
@@ -243,8 +263,8 @@ class Sam(nn.Module):
         self.variant = variant
         self.image_size = image_size
         self.num_masks = num_masks
-        self.normalise = False
-        # methods.py sets these two where a system has them.
+        self.normalise, self.chunk = False, 1
+        # build.py sets these where a system has them.
         self.input_stem = None  # for images of other than three channels, see samlora.model.stem
         self.prompt_decoder = None
         grid = image_size // PATCH
@@ -252,6 +272,16 @@ class Sam(nn.Module):
         self.image_encoder = build_tiny_encoder(image_size) if size.tiny else ImageEncoder(size, image_size)
         self.prompt_encoder = PromptEncoder(EMBED, (grid, grid), (image_size, image_size), mask_in_chans=16)
         self.mask_decoder = build_decoder(num_masks)
+
+    @property
+    def fill(self) -> tuple[float, ...]:
+        """What images are padded with, one value a channel, in 0..1: where the pixel mean is taken away, that mean.
+
+        SAM pads after it took the mean away, with 0.
+        """
+        if self.input_stem is not None:
+            return (0.0,) * self.input_stem.in_channels
+        return tuple(mean / 255 for mean in PIXEL_MEAN) if self.normalise else (0.0,) * 3
 
     @property
     def logit_side(self) -> int:

@@ -49,7 +49,7 @@ class TrainConfig:
     options: dict[str, Any] = option(
         {},
         "what the system offers beyond these: of LoRA alpha, rslora, dropout, dora, targets, ranks; of sam_prompt "
-        "freeze; of msa ratio, scale; of samus cnn, adapters (docs/systems.md)",
+        "freeze; of msa ratio, scale, depth; of samus cnn, adapters (docs/systems.md)",
     )
     lora_plus: float = option(1.0, "learning rate of LoRA's B by that of A (LoRA+ uses 16)")
     prompt: str | None = option(

@@ -72,7 +72,7 @@ class EmbeddingCache:
                 samples = [slices[0, index] for index in range(start, min(start + batch, len(slices)))]
                 images, labels = ([torch.from_numpy(getattr(s, kind)) for s in samples] for kind in ("image", "label"))
                 transforms = [sample.transform for sample in samples]
-                square, _ = make_batch(images, labels, transforms, model.image_size, device, row.pad, row.fill)
+                square, _ = make_batch(images, labels, transforms, model.image_size, device, row.pad, model.fill)
                 with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                     embeddings = model.encode(square).cpu()
                 shape, dtype = embeddings.shape[1:], str(embeddings.dtype).removeprefix("torch.")

@@ -11,18 +11,20 @@ import torch
 from torch import nn
 
 from samlora.data.cache import SliceCache
+from samlora.data.chunks import ChunkDataset
 from samlora.data.dataset import Batches, Sample, SliceDataset, data_folder
 from samlora.data.patches import PatchDataset
 from samlora.device import DTYPES, device_name, peak_memory
-from samlora.engine import gathered, together
+from samlora.engine import gathered, shared_on_disk, together
 from samlora.errors import InputError
 from samlora.evaluation.report import curves
 from samlora.model.checkpoint import Spec
+from samlora.model.methods import system_row
 from samlora.training.average import Average
 from samlora.training.config import TrainConfig
 from samlora.training.embeddings import EmbeddingCache
 from samlora.training.objectives import Objective, make_objective
-from samlora.training.reading import BadSamples, read_batches, worker_died
+from samlora.training.reading import BadSamples, Slices, read_batches, worker_died
 from samlora.training.run import Run
 from samlora.training.schedule import learning_rate
 from samlora.training.setup import (
@@ -81,16 +83,20 @@ def train_in(
     spec: Spec = model.spec
     optimizer = make_optimizer(config, model, fabric.device)
     wrapped, optimizer = fabric.setup(torch.compile(model) if config.compile else model, optimizer)
-    plan = Plan.of(config, fabric, len(data.train))
     bad = BadSamples(config.on_bad_sample == "skip", run.say)
     average = Average(model, config.ema)
     state, made_from = State(fabric, model, optimizer, average, bad), origin(data, spec)
+    slices, embeddings = read_slices(config, data, model, fabric), None
+    if config.cache_embeddings is not None:
+        given = config.cache_embeddings, model, slices, DTYPES[precision], config.batch_size
+        embeddings = shared_on_disk(fabric, lambda: EmbeddingCache(*given))
+    plan = Plan.of(config, fabric, len(slices))
     with together(fabric):
         if config.resume:
             resume(run, state, made_from)
         run.open_metrics(state.step, objective.parts)
     batches = Batches(
-        len(data.train),
+        plan.count,
         plan.batch_size,
         config.max_epochs,
         config.seed,
@@ -98,15 +104,7 @@ def train_in(
         plan.rank,
         plan.ranks,
     )
-    decoded = decode(config, data, fabric)
-    augment = config.augment != "none"
-    with together(fabric):
-        if objective.row.volumetric:
-            slices = PatchDataset(data.train, config.seed, model.roi, augment, decoded)
-        else:
-            slices = SliceDataset(data.train, config.seed, augment, decoded)
-    workers, embeddings = worker_count(config, fabric.device), embed(config, model, slices, fabric, DTYPES[precision])
-    loader = read_batches(slices, batches, workers, bad, spec.num_classes)
+    loader = read_batches(slices, batches, worker_count(config, fabric.device), bad, spec.num_classes)
     with together(fabric):
         facts = announce(run, config, data, model, plan, state.step, fabric.device, precision)
         run.describe(facts)
@@ -173,24 +171,17 @@ def train_in(
     finish(run, config, facts, state, plan, stopped, objective.row.automatic)
 
 
-def decode(config: TrainConfig, data: Data, fabric) -> SliceCache | None:
-    """The slices decoded, with --cache_samples: by one process of each machine, while the others wait."""
-    if config.cache_samples is None:
-        return None
+def read_slices(config: TrainConfig, data: Data, model: nn.Module, fabric) -> Slices:
+    """The data set that a model trains on: slices, chunks of neighbouring ones, or patches of volumes."""
+    decoded, augment = None, config.augment != "none"
+    if config.cache_samples is not None:
+        decoded = shared_on_disk(fabric, lambda: SliceCache(config.cache_samples, data.train))
     with together(fabric):
-        if fabric.local_rank == 0:
-            SliceCache(config.cache_samples, data.train)
-    return SliceCache(config.cache_samples, data.train)
-
-
-def embed(config: TrainConfig, model: nn.Module, slices: SliceDataset, fabric, precision: torch.dtype):
-    """The embeddings of all slices, with --cache_embeddings: by one process of each machine, while the others wait."""
-    if config.cache_embeddings is None:
-        return None
-    with together(fabric):
-        if fabric.local_rank == 0:
-            EmbeddingCache(config.cache_embeddings, model, slices, precision, config.batch_size)
-    return EmbeddingCache(config.cache_embeddings, model, slices, precision, config.batch_size)
+        if system_row(model.spec.system).volumetric:
+            return PatchDataset(data.train, config.seed, model.roi, augment, decoded)
+        if model.chunk > 1:
+            return ChunkDataset(data.train, config.seed, model.chunk, augment, decoded)
+        return SliceDataset(data.train, config.seed, augment, decoded)
 
 
 def keep(run: Run, state: State, made_from: dict[str, str | int], better: bool = False) -> None:
@@ -261,7 +252,7 @@ def optimizer_step(
 ) -> dict[str, float]:
     """One step of the optimizer over one or more batches; returns loss, its parts and, if clipped, grad_norm.
 
-    samples: this process's part of each batch, as `Batches` deals them. sizes: samples of each batch in all processes
+    samples: this process's part of each batch, as `Batches` deals them. sizes: items of each batch in all processes
     (`Plan.sizes_of`); needed where there are several. Every batch counts by its number of samples, and its loss is
     taken over all processes: how many there are changes nothing. The Dice loss is taken per batch, so accumulation is
     not exactly one large batch. Raises InputError, in all processes, naming the samples when a loss is not finite.
@@ -272,7 +263,7 @@ def optimizer_step(
         known = None if embeddings is None else embeddings.batch([s.key[1] for s in batch], fabric.device)
         with fabric.no_backward_sync(model, enabled=position < len(samples) - 1):
             # A process without a sample of its own was dealt one to keep in step: it counts nothing.
-            own = len(range(fabric.global_rank, size, fabric.world_size))
+            own = len(range(fabric.global_rank, size, fabric.world_size)) * objective.chunk
             losses = objective(model, batch, own, None if alone else size, known)
             if not torch.isfinite(losses.total):
                 raise InputError(
@@ -316,10 +307,10 @@ def announce(
         f"{len(val_cases)} for validation"
         + ("" if data.val else " (none: no best adapter is chosen; see --val_fraction)")
     )
+    chunks = f" chunks of {model.chunk} slices" if model.chunk > 1 else ""
     run.say(
-        f"effective batch {plan.effective_batch}, {plan.steps_per_epoch} steps per epoch, "
-        f"{plan.last_step} steps, "
-        f"device {device_name(device)}, {precision}"
+        f"effective batch {plan.effective_batch}{chunks}, {plan.steps_per_epoch} steps per epoch, "
+        f"{plan.last_step} steps, device {device_name(device)}, {precision}"
     )
     run.say(f"run folder {run.folder}" + (f", continued at step {step}" if step else ""))
     for index in np.flatnonzero(data.contents.pixels == 0):

@@ -13,8 +13,9 @@ from samlora.data.dataset import Sample
 from samlora.data.patches import patch_batch
 from samlora.engine import sum_over_processes
 from samlora.errors import InputError
-from samlora.model.checkpoint import Spec
-from samlora.model.methods import System, system_row
+from samlora.model.baselines import Baseline
+from samlora.model.methods import system_row
+from samlora.model.sam import Sam
 from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.losses import dice_ce
@@ -39,15 +40,18 @@ class Losses:
 class Objective:
     """Base of the objectives: makes a batch of what the loader gave.
 
-    parts: names of the parts of the loss. low: L, side of the model's logits. total of a call: samples of the batch in
-    all processes, None where there is one process. own: how many of this process's samples count (one without any was
-    dealt one to keep in step).
+    parts: names of the parts of the loss. low: L, side of the model's logits. fill: what images are padded with. chunk:
+    slices of an item, which follow one another in a batch. total of a call: items of the batch in all processes, None
+    where there is one process. own: how many of this process's samples count (one without any was dealt one to keep in
+    step).
     """
 
     parts: tuple[str, ...]
 
-    def __init__(self, config: TrainConfig, spec: Spec, low: int, row: System, prompting: Prompting):
-        self.config, self.spec, self.low, self.row, self.prompting = config, spec, low, row, prompting
+    def __init__(self, config: TrainConfig, model: Sam | Baseline, prompting: Prompting):
+        self.config, self.prompting, self.spec = config, prompting, model.spec
+        self.row, self.chunk = system_row(model.spec.system), model.chunk
+        self.low, self.fill = model.logit_side, model.fill
 
     def __call__(
         self, model: Any, batch: Sequence[Sample], own: int, total: int | None, embeddings: Tensor | None = None
@@ -55,21 +59,19 @@ class Objective:
         """The losses of a batch. model: as the engine wrapped it. embeddings: of the images, where they are known."""
         raise NotImplementedError
 
-    def _inputs(self, model: Any, batch: Sequence[Sample], embeddings: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """Images (B, C, S, S), or None where embeddings take their place, and classes (B, L, L)."""
+    def _inputs(self, model: Any, batch: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Images (B, C, S, S) and classes (B, L, L)."""
         images, labels = ([torch.from_numpy(getattr(s, kind)) for s in batch] for kind in ("image", "label"))
-        fill = self.row.fill if self.spec.in_channels == 3 else (0.0,) * self.spec.in_channels
-        images, targets = make_batch(
+        return make_batch(
             images,
             labels,
             [s.transform for s in batch],
             self.spec.image_size,
             next(model.parameters()).device,
             self.row.pad,
-            fill,
+            self.fill,
             self.low,
         )
-        return (images if embeddings is None else None), targets
 
 
 class Classes(Objective):
@@ -78,8 +80,8 @@ class Classes(Objective):
     parts = ("loss_ce", "loss_dice")
 
     def __call__(self, model, batch, own, total, embeddings=None):
-        images, labels = self._inputs(model, batch, embeddings)
-        logits = model(images, None, embeddings)
+        images, labels = self._inputs(model, batch)
+        logits = model(images)
         loss, ce, dice = dice_ce(logits[:own], labels[:own], self.config.dice_param, total)
         return Losses(loss, {"loss_ce": ce, "loss_dice": dice}, _finite(logits))
 
@@ -87,7 +89,7 @@ class Classes(Objective):
 class Patches(Classes):
     """All classes of patches of volumes: the same loss over their voxels, at full resolution."""
 
-    def _inputs(self, model, batch, embeddings):
+    def _inputs(self, model, batch):
         return patch_batch(batch, next(model.parameters()).device)
 
 
@@ -101,7 +103,7 @@ class Masks(Objective):
     parts = ("loss_dice", "loss_bce")
 
     def __call__(self, model, batch, own, total, embeddings=None):
-        images, _ = self._inputs(model, batch, embeddings)
+        images = self._inputs(model, batch)[0] if embeddings is None else None
         objects = self._objects(model, batch, images, embeddings)
         answer = model(images, objects.prompts, embeddings, details=True)
         each = self._each(answer.masks[:, 0], answer.iou[:, 0], objects)
@@ -158,9 +160,9 @@ class Joint(Masks):
     parts = ("loss_ce", "loss_dice", "loss_prompted")
 
     def __call__(self, model, batch, own, total, embeddings=None):
-        images, labels = self._inputs(model, batch, embeddings)
-        objects = self._objects(model, batch, images, embeddings)
-        answer = model(images, objects.prompts, embeddings, details=True)
+        images, labels = self._inputs(model, batch)
+        objects = self._objects(model, batch, images, None)
+        answer = model(images, objects.prompts, details=True)
         loss, ce, dice = dice_ce(answer.classes[:own], labels[:own], self.config.dice_param, total)
         each = self._each(answer.masks[:, 0], answer.iou[:, 0], objects)
         prompted = sum(_mean_of_masks(each, objects.counts(own), total))
@@ -173,10 +175,10 @@ class Joint(Masks):
 OBJECTIVES = {"classes": Classes, "patches": Patches, "masks": Masks, "focal_dice_iou": FocalDiceIoU, "joint": Joint}
 
 
-def make_objective(config: TrainConfig, model: Any) -> Objective:
+def make_objective(config: TrainConfig, model: Sam | Baseline) -> Objective:
     """What a model's system trains on. Raises InputError for options that do not fit it."""
-    spec, row = model.spec, system_row(model.spec.system)
-    return OBJECTIVES[row.objective](config, spec, model.logit_side, row, prompting_of(config, spec.system))
+    system = model.spec.system
+    return OBJECTIVES[system_row(system).objective](config, model, prompting_of(config, system))
 
 
 def prompting_of(config: TrainConfig, system: str) -> Prompting:

@@ -29,9 +29,8 @@ class Samprocessor:
     """
 
     def __init__(self, model: Sam, prompt: str | None = None):
-        self.row, self.spec, self.side, self.low = (
-            system_row(model.spec.system), model.spec, model.image_size, model.logit_side,
-        )  # fmt: skip
+        self.row, self.spec = system_row(model.spec.system), model.spec
+        self.side, self.low, self.fill = model.image_size, model.logit_side, model.fill
         if prompt is not None and prompt not in PROMPTS:
             raise InputError(f"prompt {prompt!r} is not possible; allowed: {', '.join(PROMPTS)}")
         self.prompting = Prompting(prompt) if prompt is not None else self.row.prompting
@@ -50,7 +49,7 @@ class Samprocessor:
         height, width = image.shape[:2]
         frame = Frame(height, width, self.side, self.row.pad, low=self.low)
         sample: dict = {
-            "image": torch.from_numpy(frame.image(image, self.row.fill)),
+            "image": torch.from_numpy(frame.image(image, self.fill)),
             "original_size": (height, width),
         }
         if mask is not None:

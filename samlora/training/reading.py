@@ -7,27 +7,31 @@ from pathlib import Path
 
 import torch
 
+from samlora.data.chunks import ChunkDataset
 from samlora.data.dataset import Batches, Sample, SliceDataset, SliceFile
+from samlora.data.patches import PatchDataset
 from samlora.engine import gathered
 from samlora.errors import InputError
 from samlora.training.stop import SIGNALS
 
+Slices = SliceDataset | ChunkDataset | PatchDataset
+
 
 @dataclass(frozen=True)
 class Read:
-    """A sample, and what could not be read on the way to it: (path, why). Without a sample nothing could."""
+    """A sample, or those of a chunk, and what could not be read on the way: (path, why). Without any nothing could."""
 
-    sample: Sample | None
+    samples: tuple[Sample, ...]
     problems: tuple[tuple[str, str], ...] = ()
 
 
 class Reader:
-    """A SliceDataset whose unreadable files are reported, not raised: a raise loses its line in a worker process.
+    """A data set whose unreadable files are reported, not raised: a raise loses its line in a worker process.
 
     skip: a slice that cannot be read is replaced by the next of the data set that can, in this epoch's transform.
     """
 
-    def __init__(self, dataset: SliceDataset, skip: bool):
+    def __init__(self, dataset: Slices, skip: bool):
         self.dataset, self.skip = dataset, skip
 
     def __len__(self) -> int:
@@ -39,10 +43,11 @@ class Reader:
         for offset in range(len(self) if self.skip else 1):
             at = (index + offset) % len(self)
             try:
-                return Read(self.dataset[epoch, at], tuple(problems))
+                found = self.dataset[epoch, at]
+                return Read((found,) if isinstance(found, Sample) else tuple(found), tuple(problems))
             except InputError as error:
                 problems.append((str(self.dataset.slices[at].path), str(error)))
-        return Read(None, tuple(problems))
+        return Read((), tuple(problems))
 
 
 class BadSamples:
@@ -84,7 +89,11 @@ class BadSamples:
 
 
 def read_batches(
-    dataset: SliceDataset, batches: Batches, workers: int, bad: BadSamples, num_classes: int
+    dataset: SliceDataset | PatchDataset | ChunkDataset,
+    batches: Batches,
+    workers: int,
+    bad: BadSamples,
+    num_classes: int,
 ) -> Iterator[list[Sample]]:
     """Lists of samples, read by worker processes in the order of `batches`.
 
@@ -103,13 +112,14 @@ def read_batches(
         for read in batch:
             for path, problem in read.problems:
                 bad.met(path, problem)
-            if read.sample is None:
+            if not read.samples:
                 raise InputError(f"{Path(read.problems[0][0]).parent}: no slice in it can be read; prepare it again")
-            if read.sample.label.max() > num_classes:
-                raise InputError(
-                    f"{read.sample.name}: its labels went beyond 0..{num_classes} during training; prepare it again"
-                )
-            samples.append(read.sample)
+            for sample in read.samples:
+                if sample.label.max() > num_classes:
+                    raise InputError(
+                        f"{sample.name}: its labels went beyond 0..{num_classes} during training; prepare it again"
+                    )
+            samples += read.samples
         yield samples
 
 

@@ -25,9 +25,10 @@ from samlora.device import pick_device
 from samlora.engine import launch, together
 from samlora.errors import InputError
 from samlora.model import checkpoint
+from samlora.model.build import build_model
 from samlora.model.checkpoint import Spec
 from samlora.model.lora import lora_plus_groups, translate_adapter
-from samlora.model.methods import build_model, named_system, system_row
+from samlora.model.methods import named_system, system_row
 from samlora.model.variants import VARIANTS
 from samlora.options import make, read_yaml
 from samlora.training.config import TrainConfig
@@ -80,16 +81,18 @@ def load_data(config: TrainConfig) -> Data:
     num_classes = config.num_classes or known or 8
     patient_of = str if recipe is None else recipe.patient_of
     train, val = split_cases(slices, config.val_cases, config.val_fraction, config.seed, patient_of)
-    if config.on_bad_sample == "skip":
-        usable = [[item for item in part if _readable(item)] for part in (train, val)]
-    else:
-        usable = [train, val]
-    row = system_row(named_system(config.system, config.module) or "samed")
-    if row.volumetric:
+    row, skip = system_row(named_system(config.system, config.module) or "samed"), config.on_bad_sample == "skip"
+    whole = row.volumetric or bool(config.options.get("depth"))  # patches and chunks are cut from volumes
+    if whole:
         _check_stacks(train, val, config)
+    looked_at = (*train, *val) if skip else () if row.automatic else train
+    shows = {item: _shows(item) for item in looked_at}
     if not row.automatic:
-        train = _with_objects(train, config)
-        usable[0] = [item for item in usable[0] if item in set(train)]
+        shown = [item for item in train if shows[item] is not False]  # of an empty slice no prompt can be drawn
+        if not shown:
+            raise InputError(f"--root_path {config.root_path}: every label is empty; prompts are drawn from labels")
+        train = train if whole else shown
+    usable = [[item for item in part if not skip or shows[item] is not None] for part in (train, val)]
     # Where none can be read, the check names the first.
     contents = check_slices(usable[0] or train, num_classes)
     if val:
@@ -118,20 +121,12 @@ def _check_stacks(train: list[SliceFile], val: list[SliceFile], config: TrainCon
     stacks(val)
 
 
-def _with_objects(slices: list[SliceFile], config: TrainConfig) -> list[SliceFile]:
-    """The slices that show anything: of the others no prompt can be drawn. Unreadable ones are left to the check."""
-    shown = [item for item in slices if not _readable(item) or item.read()[1].any()]
-    if not shown:
-        raise InputError(f"--root_path {config.root_path}: every label is empty; prompts are drawn from labels")
-    return shown
-
-
-def _readable(item: SliceFile) -> bool:
+def _shows(item: SliceFile) -> bool | None:
+    """Whether a slice shows any class, None where it cannot be read."""
     try:
-        item.read()
+        return bool(item.read()[1].any())
     except InputError:
-        return False
-    return True
+        return None
 
 
 def _recipe(config: TrainConfig) -> Recipe | None:

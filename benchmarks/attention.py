@@ -1,7 +1,8 @@
 """Both forms of the image encoder's attention, with and without a graph: which one `Attention.forward` should take.
 
 ViT-B's heads at 512 px, a batch of two images: 1024 tokens of a global block, and 18 windows of 196. Times are of
-forward, and of forward and backward, from q, k, v on; both forms must agree.
+forward, and of forward and backward, from q, k, v on; both forms must agree. Freed memory is kept, as by samlora's
+commands (samlora.allocator).
 
     python benchmarks/attention.py      (half a minute)
 
@@ -14,6 +15,7 @@ import torch
 from timing import heading, interleave, options, write_record
 from torch import Tensor
 
+from samlora.allocator import keep_freed_memory
 from samlora.model.sam import Attention, _attend_matmul, _attend_widened
 
 FORMS = {"matrix products": _attend_matmul, "widened": _attend_widened}
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__, "attention")
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args(arguments)
+    keep_freed_memory()
     config = {"width": WIDTH, "heads": HEADS, "repeats": args.repeats, "threads": torch.get_num_threads()}
     what = "seconds of one attention, both forms in turn in one process; equal outputs asserted"
     record = heading(what, torch.device("cpu"), config, ("samlora", "torch"))

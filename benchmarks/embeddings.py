@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from samlora.data.arrays import write_slice
 from samlora.data.dataset import Sample, SliceDataset, find_slices
-from samlora.model.methods import build_model
+from samlora.model.build import build_model
 from samlora.model.variants import EMBED, PATCH, STOCK_MASKS, VARIANTS, WINDOW
 from samlora.training.config import TrainConfig
 from samlora.training.embeddings import EmbeddingCache
@@ -138,7 +138,7 @@ def measure(variant: str, size: int, count: int, batch: int, repeats: int, devic
         losses = {name: epoch() for name, epoch in epochs.items()}
         for name in (OURS, CACHED):
             np.testing.assert_allclose(losses[name], losses[BASELINE], atol=1e-4)
-        seconds = interleave(epochs, repeats, warm_up=0)
+        seconds = interleave(epochs, repeats, warm_up=0, published=(BASELINE,))
         stored = sum(path.stat().st_size for path in (Path(folder) / "cache").glob("*") if path.is_file())
     return {
         "losses_of_first_epoch": losses,

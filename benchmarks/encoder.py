@@ -3,7 +3,7 @@
 Both carry LoRA of rank 4 with the same random weights: stock as SAMed's _LoRA_qkv, ours merged as `samlora predict`
 merges it. fp32 embeddings must agree to 1e-4; how far bfloat16 moves them is recorded.
 
-    python benchmarks/encoder.py [--batch 2] [--device cuda]       (CPU: two minutes)
+    python benchmarks/encoder.py [--batch 4] [--device cuda]       (CPU: four minutes)
 
 Writes benchmarks/results/encoder.json.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from plain import plain_copy, random_system
-from timing import Products, heading, interleave, options, ratios, write_record
+from timing import KEPT, Products, heading, interleave, options, ratios, write_record
 from torch.utils.flop_counter import FlopCounterMode
 
 import samlora
@@ -37,6 +37,7 @@ def measure(variant: str, size: int, batch: int, repeats: int, device: torch.dev
         BASELINE: torch.inference_mode()(lambda: stock(images)),
         "samlora fp32": torch.inference_mode()(lambda: ours(images)),
         "samlora bf16": half,
+        KEPT: torch.inference_mode()(lambda: stock(images)),
     }
     if device.type == "cuda":
         compiled = torch.compile(stock)
@@ -55,7 +56,7 @@ def measure(variant: str, size: int, batch: int, repeats: int, device: torch.dev
             variants[name]()
         operations[name] = counter.get_total_flops()
     products = Products(device, batch * (size // PATCH) ** 2, VARIANTS[variant].width)
-    seconds = interleave(variants, repeats, between=products)
+    seconds = interleave(variants, repeats, between=products, published=(BASELINE, "stock amp compiled"))
     return {
         "equality": {
             "largest_difference_fp32": (same - expected).abs().max().item(),
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__, "encoder")
     parser.add_argument("--variant", default="vit_b")
     parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)

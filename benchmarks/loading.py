@@ -79,6 +79,7 @@ def measure(source: int, side: int, count: int, batch: int, repeats: int) -> dic
                 CACHED: lambda: ours(decoded, 0, batch, side),
             },
             repeats,
+            published=(BASELINE,),
         )
     return {
         "seconds_of_all_samples": seconds,

@@ -19,6 +19,7 @@ import torch
 from step import BASELINE, CLASSES, VARIANTS, make_step
 from timing import heading, options, timed, write_record
 
+from samlora.allocator import keep_freed_memory
 from samlora.device import peak_memory
 
 SIZE = 512
@@ -43,6 +44,7 @@ def in_a_process(encoder: str, batch: int, name: str, size: int, device: torch.d
 
 def peak_of(encoder: str, batch: int, name: str, size: int, device: torch.device) -> dict:
     """Bytes at the peak of two steps of this process, and seconds of the second."""
+    keep_freed_memory(name != BASELINE)  # as each runs in its own program
     step = make_step(name, encoder, size, batch, device)
     release_memory()  # stock was copied from a model that is gone by now
     step()

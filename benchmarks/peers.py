@@ -19,7 +19,7 @@ from timing import PACKAGES, heading, interleave, options, ratios, write_record
 from torch import Tensor, nn
 
 import samlora
-from samlora.model.methods import build_model
+from samlora.model.build import build_model
 from samlora.model.sam import ImageEncoder
 from samlora.model.variants import VARIANTS
 
@@ -120,14 +120,15 @@ def measure(variant: str, size: int, batch: int, repeats: int) -> dict:
     assert max(differences.values()) <= 1e-4, differences
     counts = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in models.items()}
     formats = {"fp32": False, "bf16": True}
+    theirs = [f"{name} {kind}" for name in models if name != "samlora" for kind in formats]
 
     def each(make: Callable) -> dict[str, Callable]:
         return {f"{n} {kind}": make(m, images, half) for n, m in models.items() for kind, half in formats.items()}
 
-    step = interleave(each(make_step), repeats)
+    step = interleave(each(make_step), repeats, published=theirs)
     merged = {n: samlora.merge(m) if n == "samlora" else m.merge_and_unload() for n, m in models.items()}
     models = {name: model.eval() for name, model in merged.items()}
-    forward = interleave(each(make_forward), repeats)
+    forward = interleave(each(make_forward), repeats, published=theirs)
     return {
         "largest_difference_fp32": differences,
         "trained_parameters": counts,

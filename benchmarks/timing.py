@@ -6,17 +6,19 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from samlora.allocator import keep_freed_memory
 from samlora.files import whole
 from samlora.training.run import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+KEPT = "stock fp32, freed memory kept"
 PACKAGES = ("samlora", "torch", "segment-anything", "MedPy", "numpy", "scipy")
 
 
@@ -39,16 +41,24 @@ def interleave(
     repeats: int,
     warm_up: int = 1,
     between: Callable[[], object] | None = None,
+    published: Collection[str] = (),
 ) -> dict[str, dict]:
     """Seconds of each variant, called in turn `repeats` times after `warm_up` rounds that do not count.
 
-    between: called before each variant, outside its time.
+    between: called before each variant, outside its time. published: variants that run as other programs do, which
+    leave the C library's treatment of freed memory as it is (samlora.allocator); the rest run as samlora's commands.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    kept = None
     for turn in range(warm_up + repeats):
         for name, function in variants.items():
             if between is not None:
                 between()
+            if kept != (name not in published):
+                kept = name not in published
+                keep_freed_memory(kept)
+                if kept:
+                    function()  # outside its time: a command has its memory after the first batch
             took, _ = timed(function)
             if turn >= warm_up:
                 seconds[name].append(took)

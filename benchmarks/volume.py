@@ -30,6 +30,7 @@ from timing import PACKAGES, heading, options, timed, write_record
 from torch import nn
 
 import samlora
+from samlora.allocator import keep_freed_memory
 from samlora.data.grid import Case, Volume
 from samlora.data.phantom import abdomen, write_cases
 from samlora.data.prepare import prepare
@@ -107,6 +108,7 @@ def predict(model: Sam, image: np.ndarray, recipe: Recipe, batch: int) -> tuple[
     for start in range(0, len(image), batch):
         for name, (module, function) in variants.items():
             clocks[module].seconds = 0.0
+            keep_freed_memory(name != BASELINE)  # as each runs in its own program
             took, found = timed(function, image[start : start + batch])
             network = clocks[module].seconds
             for kind, part in zip(PREDICTING, (network, took - network)):

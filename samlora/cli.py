@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from samlora.allocator import keep_freed_memory
 from samlora.errors import InputError
 
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         if arguments[:1] == [name]:
             flags(command)
+    keep_freed_memory()
     try:
         given = vars(parser.parse_args(arguments))
         return COMMANDS[given.pop("command")][2](given) or 0

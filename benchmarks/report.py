@@ -16,8 +16,10 @@ HEAD = """# Speed and memory
 Made by `benchmarks/report.py` from `benchmarks/results/*.json`; `make bench` measures everything again and makes this
 page. The baseline is stock `segment_anything` with textbook LoRA and every step as SAMed published it
 (`benchmarks/plain.py`). Variants run in turn in one process, their outputs are compared first, and ratios are those of
-medians, with those of the shortest times in brackets. The machine was shared while these were taken; its load at the
-start stands below each table. Nothing on this page was measured on a GPU.
+medians, with those of the shortest times in brackets. samlora runs as its commands do, which let glibc keep freed
+memory (`samlora/allocator.py`); published code and other libraries run under glibc's default, but where a line says
+so. The machine was shared while these were taken; its load at the start stands below each table. Nothing on this page
+was measured on a GPU.
 """
 NOT_MEASURED = "not measured"
 
@@ -106,8 +108,8 @@ def memory(record: Mapping) -> str:
     columns = ("encoder", "batch", "variant", "peak GiB", "by stock at this batch", "target", "s of one step", "GPU")
     return (
         table(columns, rows)
-        + "\nThe peak of a process holds Python, libraries and weights too. The target names a batch of 12, where "
-        "stock was not measured. The seconds are of one step each: they say less than the table above.\n"
+        + "\nThe peak of a process holds Python, libraries and weights too. The target names a batch of 12. The "
+        "seconds are of one step each: they say less than the table above.\n"
     )
 
 
@@ -118,8 +120,9 @@ def attention(record: Mapping) -> str:
     ]
     names = next(iter(record["places"].values()))
     return (
-        "Median (shortest) milliseconds of the two forms of `Attention.forward`, which takes the widened one on "
-        "float32 sequences of 1024 tokens or more and on GPUs.\n\n" + table(("where", *names), rows)
+        "Median (shortest) milliseconds of the two forms of `Attention.forward`, which takes the widened one on GPUs "
+        "and, where a graph is kept, on float32 sequences of 1024 tokens or more: it stores no logits.\n\n"
+        + table(("where", *names), rows)
     )
 
 

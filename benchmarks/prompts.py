@@ -8,9 +8,11 @@ one model for both ways of answering should not answer worse without prompts tha
     python benchmarks/prompts.py --data FOLDER [--sets ultrasound ct] [--systems NAME ...] [--steps 80] [--seeds 0 1 2]
 
 FOLDER holds ultrasound/, ct_abdomen/ and dicom_ct/ (see the project's tests). Seeds after the first are for the systems
-that answer without prompts. Adapters that --folder holds are not trained again. Writes benchmarks/results/prompts.json.
+that answer without prompts. Adapters that --folder holds are not trained again. Writes benchmarks/results/prompts.json;
+with --add what else that record holds stays in it. Every run names its commit.
 """
 
+import json
 import os
 import statistics
 import time
@@ -36,6 +38,7 @@ from samlora.model.checkpoint import find_base
 from samlora.model.methods import system_row
 from samlora.training.config import TrainConfig
 from samlora.training.loop import train
+from samlora.training.run import commit
 
 BATCH = 4
 RATES = {True: 2e-3, False: 5e-4}  # with LoRA, and where base weights themselves train
@@ -154,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of those of SEEDS")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--add", action="store_true", help="to the record in --output, made with the same options")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     config = {"steps": args.steps, "batch": BATCH, "side": 256, "threads": args.threads, "precision": "fp32"}
@@ -164,17 +168,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.device("cpu"),
         config,
     )
-    record["results"] = {}
+    former = json.loads(args.output.read_text(encoding="utf-8")) if args.add else {"results": {}, "config": config}
+    if former["config"] != config:
+        parser.error(f"--add: {args.output} was made with {former['config']}, not with {config}")
+    record["results"] = former["results"]
     for name in args.sets:
         seeds = args.seeds or SEEDS[name]
         data, folder = prepared(name, args.data, args.folder), args.folder / name
-        runs: dict[str, list[dict]] = {UNTOUCHED: [{"seed": None} | measure(UNTOUCHED, None, data, folder / "sam")]}
+        runs = record["results"].get(name, {}).get("systems", {})
+        if UNTOUCHED not in runs:
+            runs[UNTOUCHED] = [{"seed": None, "commit": commit()} | measure(UNTOUCHED, None, data, folder / "sam")]
         for system in args.systems:
+            runs[system] = []
             for seed in seeds if system_row(system).automatic else seeds[:1]:
                 own = folder / f"{system}_{seed}"
                 adapter, seconds = adapt(system, data, own, args.steps, seed)
                 figures = measure(system, adapter, data, own / "prompts")
-                runs.setdefault(system, []).append({"seed": seed, "train_cpu_seconds": seconds} | figures)
+                facts = {"seed": seed, "commit": commit(), "train_cpu_seconds": seconds}
+                runs[system].append(facts | figures)
         record["results"][name] = {"systems": runs, "without_prompts_minus_samed": compared(runs)}
     trained = {system for of_set in record["results"].values() for system in of_set["systems"]} - {UNTOUCHED}
     record["prompts_in_training"] = {

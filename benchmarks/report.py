@@ -16,10 +16,12 @@ HEAD = """# Speed and memory
 Made by `benchmarks/report.py` from `benchmarks/results/*.json`; `make bench` measures everything again and makes this
 page. The baseline is stock `segment_anything` with textbook LoRA and every step as SAMed published it
 (`benchmarks/plain.py`). Variants run in turn in one process, their outputs are compared first, and ratios are those of
-medians, with those of the shortest times in brackets. samlora runs as its commands do, which let glibc keep freed
-memory (`samlora/allocator.py`); published code and other libraries run under glibc's default, but where a line says
-so. The machine was shared while these were taken; its load at the start stands below each table. Nothing on this page
-was measured on a GPU.
+medians, with those of the shortest times in brackets. The machine was shared while these were taken; its load at the
+start stands below each table. Nothing on this page was measured on a GPU.
+
+samlora runs as its commands do, which let glibc keep freed memory (`samlora/allocator.py`); published code and other
+libraries run under glibc's default, but where a line says so. Records made before that was so (those that do not name
+`freed_memory`) ran all variants under glibc's default.
 """
 NOT_MEASURED = "not measured"
 
@@ -270,7 +272,8 @@ def page(results: Path) -> str:
             body = f"{show(record)}\n{source(record)}"
         parts.append(f"## {title}\n\n{body}")
     parts.append(
-        "## Not measured\n\nA step at the target's batch of 12 in stock; the speed of ViT-H; anything on a GPU.\n"
+        "## Not measured\n\nSteps at the target's batch of 12 in turn with stock's: there was not the memory for both "
+        "(single ones stand with the peak memory). The speed of ViT-H; anything on a GPU.\n"
     )
     return "\n".join(parts)
 

@@ -133,6 +133,7 @@ def heading(what: str, device: torch.device, config: Mapping[str, object], packa
         "load_at_start": os.getloadavg()[0],
         "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
         "commit": commit(),
+        "freed_memory": "kept by samlora, given back by published code",
         "config": dict(config),
     }
 

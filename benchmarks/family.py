@@ -45,6 +45,7 @@ def measure(name: str, systems: Sequence[str], data: Path, folder: Path, seconds
     """The rows of the comparison's summary: system, class, measure, mean and sd over folds, and what it cost."""
     settings = {"vit_name": "vit_ti", "img_size": 256, "batch_size": 4, "accumulate": 1, "max_epochs": 100000}
     settings |= {"stop_epoch": 100000, "warmup": True, "warmup_period": 20, "schedule": "constant", "base_lr": 1e-3}
+    settings |= {"schedule_steps": []}
     config = CompareConfig(
         data=str(prepared(name, data, folder)),
         output=str(folder / name / "comparison"),

@@ -17,7 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from samlora.model.methods import system_row
 from samlora.training.config import TrainConfig
 from samlora.training.loop import train
 from samlora.training.run import commit
+from samlora.training.setup import load_data
 
 BATCH = 4
 RATES = {True: 2e-3, False: 5e-4}  # with LoRA, and where base weights themselves train
@@ -65,7 +66,6 @@ def adapt(system: str, data: Path, folder: Path, steps: int, seed: int) -> tuple
     """Trains a system once; returns its adapter and the process's seconds of computing."""
     done = folder / "seconds.txt"
     if not done.is_file():
-        epochs = -(-steps * BATCH // len(list((data / "train_npz").iterdir())))
         config = TrainConfig(
             root_path=str(data),
             output=str(folder),
@@ -73,15 +73,15 @@ def adapt(system: str, data: Path, folder: Path, steps: int, seed: int) -> tuple
             system=system,
             vit_name="vit_ti",
             batch_size=BATCH,
-            max_epochs=epochs,
-            stop_epoch=epochs,
             max_iterations=steps,
             base_lr=RATES[system_row(system).lora],
             warmup_period=steps // 5,
-            save_interval=epochs,
             save_seconds=0,
             seed=seed,
         )
+        # Systems that only answer prompts leave out the slices that show nothing.
+        epochs = -(-steps // -(-len(load_data(config).train) // BATCH))
+        config = replace(config, max_epochs=epochs, stop_epoch=epochs, save_interval=epochs)
         began = time.process_time()
         train(config)
         done.write_text(f"{time.process_time() - began:.1f}\n")

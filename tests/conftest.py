@@ -22,6 +22,14 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def shared_path(tmp_path_factory):
+    """A folder for what the tests of one file share; gone after the last, as bases and runs are large."""
+    path = tmp_path_factory.mktemp("shared")
+    yield path
+    shutil.rmtree(path)
+
+
 @pytest.fixture
 def make_case(tmp_path):
     """Writes an image (HU, each voxel different) and a label as NIfTI below tmp_path; returns the folder."""

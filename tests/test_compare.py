@@ -45,9 +45,9 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(shared_path):
     """Four patients, one of them with two scans: bright boxes of two classes, slices 3 mm apart, pixels of 0.5 mm."""
-    folder = tmp_path_factory.mktemp("compare")
+    folder = shared_path / "compare"
     rng = np.random.default_rng(0)
     for name in ("a_1", "a_2", "b_1", "c_1", "d_1"):
         label = np.zeros((48, 48, 5), np.uint8)
@@ -68,20 +68,17 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def systems(tmp_path_factory):
+def systems(shared_path):
     """An automatic system and a prompted one."""
-    folder = tmp_path_factory.mktemp("systems")
-    (folder / "mine.yaml").write_text("system: samed\nrank: 2\nval_cases: [b_1]\nwarmup_period: 1\n")
-    (folder / "asked.yaml").write_text("system: medsam_decoder\nprompt: box\naugment: none\n")
-    return [str(folder / "mine.yaml"), str(folder / "asked.yaml")]
+    (shared_path / "mine.yaml").write_text("system: samed\nrank: 2\nval_cases: [b_1]\nwarmup_period: 1\n")
+    (shared_path / "asked.yaml").write_text("system: medsam_decoder\nprompt: box\naugment: none\n")
+    return [str(shared_path / "mine.yaml"), str(shared_path / "asked.yaml")]
 
 
 @pytest.fixture(scope="module")
-def finished(data, systems, tmp_path_factory):
+def finished(data, systems, shared_path):
     """A whole comparison in this process: two systems, two folds, one seed."""
-    config = CompareConfig(
-        data=str(data), output=str(tmp_path_factory.mktemp("out") / "out"), folds=2, jobs=0, set=SMALL
-    )
+    config = CompareConfig(data=str(data), output=str(shared_path / "out"), folds=2, jobs=0, set=SMALL)
     return config, compare(systems, config)
 
 

@@ -63,9 +63,9 @@ def a_config(folder: Path, **changed) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(shared_path):
     """Slices of 9 training and 3 validation cases, a base, and scans to prepare, one of them broken."""
-    folder = tmp_path_factory.mktemp("ddp")
+    folder = shared_path
     rng = np.random.default_rng(0)
     for n in range(9):
         write_slice(folder / "data" / f"case{n}_slice000.npz", *draw(rng))

@@ -145,14 +145,14 @@ def test_a_case_counts_once_and_what_never_arrives_counts_as_the_most():
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
+def prepared(shared_path):
     """A drawn patient of two classes in SAMed's layout, and a joint adapter that has seen none of it."""
     from samlora.data.grid import Volume
     from samlora.data.prepare import prepare
     from samlora.data.recipe import Recipe
     from samlora.data.volume import write_volume
 
-    root = tmp_path_factory.mktemp("study")
+    root = shared_path
     for case in ("p1", "p2"):
         label = two_objects().transpose(2, 1, 0)
         hu = label.astype(np.int16) * 500 - 1000

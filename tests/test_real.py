@@ -24,7 +24,7 @@ def test_one_patient_to_another(real_data, real_ct, tmp_path):
     """benchmarks/results/real_ct.json records the same with more steps, beside a random base."""
     data = real_ct.prepare_patients(real_data, tmp_path)
     assert len(list((data / "train_npz").glob("first_slice*.npz"))) == 112
-    result = real_ct.adapt(data, tmp_path, None, steps=100)
+    result = real_ct.adapt(data, tmp_path, None, steps=50)
     prediction = nibabel.load(tmp_path / "result" / "predictions" / "second_pred.nii.gz")
     source = nibabel.load(real_data / "dicom_ct" / "example_seg_dicom.nii.gz")
     assert prediction.shape == source.shape == (512, 512, 20) and prediction.get_data_dtype() == np.uint8

@@ -116,10 +116,11 @@ def learned(request):
 
 
 @pytest.fixture(scope="module")
-def adapter(learned, tmp_path_factory):
-    path = tmp_path_factory.mktemp("systems") / f"{learned.model.spec.system}.safetensors"
+def adapter(learned, shared_path):
+    path = shared_path / "adapter.safetensors"
     save_adapter(learned.model, path)
-    return path
+    yield path
+    path.unlink()
 
 
 def test_it_learns_four_slices_by_heart(learned):

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     config = {"width": WIDTH, "heads": HEADS, "repeats": args.repeats, "threads": torch.get_num_threads()}
     what = "seconds of one attention, both forms in turn in one process; equal outputs asserted"
-    record = heading(what, torch.device("cpu"), config, ("samlora", "torch"))
+    record = heading(what, torch.device("cpu"), config, ("samlora", "torch"), kept=True)
     record["places"] = {
         f"{place}, {str(dtype).removeprefix('torch.')}, {'forward and backward' if graph else 'forward'}": measure(
             *grids, dtype, graph, args.repeats

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = {name: getattr(args, name) for name in ("variant", "size", "pixels", "repeats")}
     config |= {"threads": torch.get_num_threads()}
     what = "seconds from a click to its mask on the image's pixels, fp32, encoded before; equal outputs asserted"
-    record = heading(what, device, config)
+    record = heading(what, device, config, kept=True)
     record |= measure(args.variant, args.size, args.pixels, args.repeats, device)
     write_record(record, args.output)
     for name, times in record["seconds"].items():

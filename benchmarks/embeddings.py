@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = {name: getattr(args, name) for name in ("variant", "size", "count", "batch", "repeats")}
     config |= {"threads": torch.get_num_threads()}
     what = "seconds of an epoch of decoder-only training, variants in turn in one process, fp32; equal losses asserted"
-    record = heading(what, device, config)
+    record = heading(what, device, config, kept=True)
     record |= measure(args.variant, args.size, args.count, args.batch, args.repeats, device)
     write_record(record, args.output)
     for name, times in record["seconds_of_an_epoch"].items():

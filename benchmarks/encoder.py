@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = {name: getattr(args, name) for name in ("variant", "size", "batch", "repeats")}
     config |= {"rank": 4, "threads": torch.get_num_threads()}
     what = "seconds of the image encoder's forward pass, variants in turn in one process; equal outputs asserted"
-    record = heading(what, device, config)
+    record = heading(what, device, config, kept=True)
     record |= measure(args.variant, args.size, args.batch, args.repeats, device)
     write_record(record, args.output)
     for name, times in record["seconds"].items():

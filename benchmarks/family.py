@@ -44,8 +44,8 @@ def prepared(name: str, data: Path, folder: Path) -> Path:
 def measure(name: str, systems: Sequence[str], data: Path, folder: Path, seconds: float) -> list[dict]:
     """The rows of the comparison's summary: system, class, measure, mean and sd over folds, and what it cost."""
     settings = {"vit_name": "vit_ti", "img_size": 256, "batch_size": 4, "accumulate": 1, "max_epochs": 100000}
-    settings |= {"stop_epoch": 100000, "warmup": True, "warmup_period": 20, "schedule": "constant", "base_lr": 1e-3}
-    settings |= {"schedule_steps": []}
+    settings |= {"stop_epoch": 100000, "warmup": True, "warmup_period": 20, "base_lr": 1e-3}
+    settings |= {"schedule": "constant", "schedule_steps": []}  # a configuration may name steps of its own
     config = CompareConfig(
         data=str(prepared(name, data, folder)),
         output=str(folder / name / "comparison"),

@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     config = {name: getattr(args, name) for name in ("sources", "size", "count", "batch", "repeats")} | {"threads": 1}
     what = "samples per second of loading and augmenting, variants in turn in one process, one thread; equal batches"
-    record = heading(what, torch.device("cpu"), config)
+    record = heading(what, torch.device("cpu"), config, kept=True)
     record["stored_side"] = {
         str(source): measure(source, args.size, args.count, args.batch, args.repeats) for source in args.sources
     }

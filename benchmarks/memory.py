@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     config = {"size": args.size, "rank": 4, "classes": CLASSES, "threads": torch.get_num_threads()}
     what = "bytes at the peak of two training steps, each row in a process of its own"
-    record = heading(what, device, config)
+    record = heading(what, device, config, kept=True)
     # A child's peak is never below its parent's at the time of starting it: this process stays small.
     record["rows"] = compare(ROWS[: args.rows], args.size, device)
     write_record(record, args.output)

@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = {name: getattr(args, name) for name in ("variant", "size", "batch", "repeats")}
     config |= {"rank": RANK, "threads": torch.get_num_threads()}
     what = "seconds of the image encoder's forward pass and training step, variants in turn in one process"
-    record = heading(what, torch.device("cpu"), config, (*PACKAGES, "transformers", "peft"))
+    record = heading(what, torch.device("cpu"), config, (*PACKAGES, "transformers", "peft"), kept=True)
     record |= measure(args.variant, args.size, args.batch, args.repeats)
     write_record(record, args.output)
     for kind in ("forward", "step"):

@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = {name: getattr(args, name) for name in ("variant", "size", "batch", "repeats")}
     config |= {"rank": 4, "classes": CLASSES, "threads": torch.get_num_threads()}
     what = "seconds of a training step, variants in turn in one process; fp32 losses equal to 1e-5 (asserted)"
-    record = heading(what, device, config)
+    record = heading(what, device, config, kept=True)
     record |= measure(*size, args.repeats, device)
     write_record(record, args.output)
     for name, times in record["seconds"].items():

@@ -125,17 +125,25 @@ def options(description: str, name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def heading(what: str, device: torch.device, config: Mapping[str, object], packages: Sequence[str] = PACKAGES) -> dict:
-    """The beginning of a record: what, where, with which versions, commit and options. Call it before measuring."""
+def heading(
+    what: str,
+    device: torch.device,
+    config: Mapping[str, object],
+    packages: Sequence[str] = PACKAGES,
+    kept: bool = False,
+) -> dict:
+    """The beginning of a record: what, where, with which versions, commit and options. Call it before measuring.
+
+    kept: whether variants run with freed memory as their programs have it, as `interleave` does it.
+    """
     return {
         "what": what,
         "device": device_text(device),
         "load_at_start": os.getloadavg()[0],
         "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
         "commit": commit(),
-        "freed_memory": "kept by samlora, given back by published code",
         "config": dict(config),
-    }
+    } | ({"freed_memory": "kept by samlora, given back by published code"} if kept else {})
 
 
 def write_record(record: Mapping[str, object], path: Path) -> None:

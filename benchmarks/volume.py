@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     case = draw(SHAPE, SPACING, recipe)
     with tempfile.TemporaryDirectory() as name:
         small = samlora.load_model(args.adapter or train_adapter(Path(name)))
-        record = heading(what, torch.device("cpu"), config, (*PACKAGES, "SimpleITK"))
+        record = heading(what, torch.device("cpu"), config, (*PACKAGES, "SimpleITK"), kept=True)
         small_seconds, found = predict(small, case.image, recipe, args.batch)
         prediction = predict_volume(small, case, recipe)
         measured = measure(found["samlora fp32"], case)

@@ -10,6 +10,7 @@ from samlora.cli import main
 from samlora.data.chunks import ChunkDataset, slices_from
 from samlora.data.dataset import SliceDataset, find_slices
 from samlora.data.frame import Frame
+from samlora.data.grid import Case
 from samlora.errors import InputError
 from samlora.inference.predictor import Predictor
 from samlora.inference.prompted import encode_slices, predict_prompted
@@ -46,7 +47,7 @@ def test_chunks_stay_inside_the_volume(first, count, depth, wanted):
 
 def test_a_chunk_is_neighbouring_slices_around_one_that_shows_something(stack):
     slices, image, _ = stack
-    chunks = ChunkDataset(slices, 0, 3, augment=False)
+    chunks = ChunkDataset(slices, slices[3:7], 0, 3, augment=False)
     assert len(chunks) == 4
     places = set()
     for epoch in range(12):
@@ -62,7 +63,8 @@ def test_a_chunk_is_neighbouring_slices_around_one_that_shows_something(stack):
 
 def test_a_chunk_depends_on_its_key_alone_and_lies_in_one_transform(stack):
     slices, _, _ = stack
-    one, two = ChunkDataset(slices, 3, 4), ChunkDataset(slices, 3, 4, decoded=[item.read() for item in slices])
+    shown, decoded = slices[3:7], [item.read() for item in slices]
+    one, two = ChunkDataset(slices, shown, 3, 4), ChunkDataset(slices, shown, 3, 4, decoded=decoded)
     keys = [(epoch, index) for epoch in range(6) for index in range(len(one))]
     there, back = {k: one[k] for k in keys}, {k: two[k] for k in reversed(keys)}
     for key in keys:
@@ -70,13 +72,12 @@ def test_a_chunk_depends_on_its_key_alone_and_lies_in_one_transform(stack):
         assert all(np.array_equal(a.image, b.image) for a, b in zip(there[key], back[key]))
         assert len({s.transform for s in there[key]}) == 1 and there[key][0].transform == back[key][0].transform
     assert len({there[k][0].transform for k in keys}) > 3
-    other = ChunkDataset(slices, 4, 4)
+    other = ChunkDataset(slices, shown, 4, 4)
     assert [[s.name for s in other[k]] for k in keys] != [[s.name for s in there[k]] for k in keys]
 
 
-def with_depth(depth: int, base="random:1", **options):
-    model = build_model("msa", base, "vit_ti", 64, num_classes=2, options={"depth": depth, **options})
-    return model if base == "default" else randomised(model)
+def with_depth(depth: int):
+    return randomised(build_model("msa", "random:1", "vit_ti", 64, num_classes=2, options={"depth": depth}))
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 9])
@@ -109,8 +110,6 @@ def test_the_predictor_answers_as_whole_stacks_do():
     predictor.set_image(np.repeat((image[..., None] * 255).astype(np.uint8), 3, axis=3)[5], index=0)
     assert encoded == [4]  # a picture is its own neighbour
     encoded.clear()
-    from samlora.data.grid import Case
-
     predictor.set_image(Case(image, None, None), index=4)
     for index in range(10):
         predictor.select(index)
@@ -147,7 +146,7 @@ def test_slices_without_a_class_stay_in_their_volumes(stack, tmp_path):
     config = TrainConfig(root_path=str(tmp_path), system="msa", num_classes=1)
     assert len(load_data(config).train) == 4
     config = TrainConfig(root_path=str(tmp_path), system="msa", num_classes=1, options={"depth": 3})
-    assert len(load_data(config).train) == 10
+    assert len(load_data(config).train) == 10 and len(load_data(config).shown) == 4
 
 
 def test_what_cannot_be_cut_into_chunks_is_refused(stack, tmp_path, capsys):
@@ -157,7 +156,7 @@ def test_what_cannot_be_cut_into_chunks_is_refused(stack, tmp_path, capsys):
     assert main([*flags, "--options", "depth=3", "--output", str(tmp_path / "out")]) == 2
     assert "prepare the data with keep: all" in capsys.readouterr().err
     with pytest.raises(InputError, match="keep: all"):
-        ChunkDataset(find_slices(tmp_path), 0, 3)
+        ChunkDataset(find_slices(tmp_path), find_slices(tmp_path), 0, 3)
     single = SliceDataset(find_slices(tmp_path), 0)
     assert len(single) == 9
     assert main([*flags, "--options", "depth=3", "--on_bad_sample", "skip"]) == 2

@@ -213,7 +213,7 @@ def validated(folder: Path, fabric, cases: int) -> tuple[float, list[str]]:
     said: list[str] = []
     bad = BadSamples(False, said.append)
     run = SimpleNamespace(say=said.append)
-    data = Data([], held, 3, None, None, None, "")
+    data = Data([], [], held, 3, None, None, None, "")
     figures = validate(ByBrightness(), data, fabric, torch.float32, run, bad, Prompting())
     return figures["val_dice"], said
 

@@ -1,6 +1,6 @@
 """Chunks of volumes: neighbouring slices that an image encoder with a depth branch sees together."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -20,22 +20,23 @@ def slices_from(first: int, count: int, depth: int) -> list[int]:
 class ChunkDataset:
     """Chunks by (epoch, index): lists of `depth` samples, neighbouring slices of one volume and in one transform.
 
-    There are as many as slices that show a class, and each of these is in its own; where in it, and the transform,
-    depend on seed, epoch and index alone. augment, decoded: as of SliceDataset. Reads every slice once. Raises
-    InputError for a slice that cannot be read, or a gap in a volume (`samlora.data.patches.stacks`).
+    There are as many as slices in `shown`, those that show a class, and each of these is in its own; where in it, and
+    the transform, depend on seed, epoch and index alone. slices: whole volumes. augment, decoded: as of SliceDataset.
+    Raises InputError for a gap in a volume (`samlora.data.patches.stacks`).
     """
 
     def __init__(
         self,
         slices: Sequence[SliceFile],
+        shown: Collection[SliceFile],
         seed: int,
         depth: int,
         augment: bool = True,
         decoded: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
     ):
         self._all, self._stacks = SliceDataset(slices, seed, augment, decoded), stacks(slices)
-        self._depth, self._seed = depth, seed
-        self._shown = [n for n, item in enumerate(slices) if (decoded[n] if decoded else item.read())[1].any()]
+        self._depth, self._seed, shown = depth, seed, set(shown)
+        self._shown = [n for n, item in enumerate(slices) if item in shown]
         self._place = {index: n for members in self._stacks.values() for n, index in enumerate(members)}
         self.slices = [slices[index] for index in self._shown]
 

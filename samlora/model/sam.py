@@ -92,9 +92,8 @@ class Attention(nn.Module):
         # wherever no graph is kept, and in bfloat16 and in windows with one. On long float32 sequences with a graph the
         # widened form takes twice as long, but stores no logits: 50 MB an image and block at 512 px, 0.8 GB at 1024 px.
         # Only it runs on a GPU's flash kernels.
-        graph = torch.is_grad_enabled() and (q.requires_grad or self.rel_pos_h.requires_grad)
         long_float32 = q.dtype == torch.float32 and rows * cols >= 1024
-        attend = _attend_widened if q.is_cuda or (graph and long_float32) else _attend_matmul
+        attend = _attend_widened if q.is_cuda or (rel_h.requires_grad and long_float32) else _attend_matmul
         out = attend(q, k, v, rel_h, rel_w).transpose(1, 2).reshape(count, rows, cols, channels)
         if window:
             out = unpartition(out, window, height, width)
@@ -119,7 +118,7 @@ def _attend_matmul(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor
     q, k, v = (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
     # einsum leaves these permuted, and their sum would take that layout; baddbmm copies what is not contiguous.
     rel_h, rel_w = (rel.flatten(2, 3).flatten(0, 1).contiguous() for rel in (rel_h, rel_w))
-    if torch.is_grad_enabled() and (q.requires_grad or rel_h.requires_grad) or torch.compiler.is_compiling():
+    if rel_h.requires_grad or torch.compiler.is_compiling():  # made of q: it is in a graph if any is kept
         return _attend_part(q, k, v, rel_h, rel_w).view(shape)
     out, together = torch.empty_like(v), max(1, _LOGITS_AT_ONCE // length**2)
     rows = max(1, min(length, _LOGITS_AT_ONCE // length))

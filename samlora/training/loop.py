@@ -86,15 +86,15 @@ def train_in(
     bad = BadSamples(config.on_bad_sample == "skip", run.say)
     average = Average(model, config.ema)
     state, made_from = State(fabric, model, optimizer, average, bad), origin(data, spec)
+    with together(fabric):
+        if config.resume:
+            resume(run, state, made_from)
+        run.open_metrics(state.step, objective.parts)
     slices, embeddings = read_slices(config, data, model, fabric), None
     if config.cache_embeddings is not None:
         given = config.cache_embeddings, model, slices, DTYPES[precision], config.batch_size
         embeddings = shared_on_disk(fabric, lambda: EmbeddingCache(*given))
     plan = Plan.of(config, fabric, len(slices))
-    with together(fabric):
-        if config.resume:
-            resume(run, state, made_from)
-        run.open_metrics(state.step, objective.parts)
     batches = Batches(
         plan.count,
         plan.batch_size,
@@ -180,7 +180,7 @@ def read_slices(config: TrainConfig, data: Data, model: nn.Module, fabric) -> Sl
         if system_row(model.spec.system).volumetric:
             return PatchDataset(data.train, config.seed, model.roi, augment, decoded)
         if model.chunk > 1:
-            return ChunkDataset(data.train, config.seed, model.chunk, augment, decoded)
+            return ChunkDataset(data.train, data.shown, config.seed, model.chunk, augment, decoded)
         return SliceDataset(data.train, config.seed, augment, decoded)
 
 

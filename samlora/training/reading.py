@@ -89,11 +89,7 @@ class BadSamples:
 
 
 def read_batches(
-    dataset: SliceDataset | PatchDataset | ChunkDataset,
-    batches: Batches,
-    workers: int,
-    bad: BadSamples,
-    num_classes: int,
+    dataset: Slices, batches: Batches, workers: int, bad: BadSamples, num_classes: int
 ) -> Iterator[list[Sample]]:
     """Lists of samples, read by worker processes in the order of `batches`.
 

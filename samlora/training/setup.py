@@ -54,10 +54,12 @@ def make_fabric(config: TrainConfig):
 class Data:
     """The slices of a run and what is known about them.
 
-    contents: of the training slices. sha256: over all that can be read.
+    shown: those of train that show a class, where prompts are drawn from them; else all. contents: of the training
+    slices. sha256: over all that can be read.
     """
 
     train: list[SliceFile]
+    shown: list[SliceFile]
     val: list[SliceFile]
     num_classes: int
     class_names: tuple[str, ...] | None
@@ -86,12 +88,13 @@ def load_data(config: TrainConfig) -> Data:
     if whole:
         _check_stacks(train, val, config)
     looked_at = (*train, *val) if skip else () if row.automatic else train
-    shows = {item: _shows(item) for item in looked_at}
+    shows, shown = {item: _shows(item) for item in looked_at}, train
     if not row.automatic:
         shown = [item for item in train if shows[item] is not False]  # of an empty slice no prompt can be drawn
         if not shown:
             raise InputError(f"--root_path {config.root_path}: every label is empty; prompts are drawn from labels")
-        train = train if whole else shown
+    if not whole:
+        train = shown
     usable = [[item for item in part if not skip or shows[item] is not None] for part in (train, val)]
     # Where none can be read, the check names the first.
     contents = check_slices(usable[0] or train, num_classes)
@@ -100,6 +103,7 @@ def load_data(config: TrainConfig) -> Data:
     names = tuple(recipe.classes) if known else None
     return Data(
         train,
+        shown,
         val,
         num_classes,
         names,

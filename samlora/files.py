@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,13 +38,37 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
-    except OSError as error:
-        if error.errno not in _PLACE:
+    except InputError:
+        raise
+    except Exception as error:
+        reason = _reason(error, temporary)
+        if reason is None:
             raise
         advice = "free some space or choose another place"
-        raise InputError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
+        raise InputError(f"{path}: cannot be written ({reason}); {advice}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _reason(error: Exception, temporary: Path) -> str | None:
+    """Why the place does not take the file, in the system's words; None where the place is not to blame.
+
+    torch, safetensors and ITK raise errors of their own on a full disk. safetensors quotes the system's; for the
+    others the place is asked to take a little more.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None:
+        quoted = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(quoted[1]) if quoted else None
+    if number is None:
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_APPEND), "wb") as file:
+                file.write(bytes(2**16))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as refusal:
+            number = refusal.errno
+    return os.strerror(number) if number in _PLACE else None
 
 
 def identity(path: Path) -> list:

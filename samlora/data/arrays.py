@@ -1,5 +1,6 @@
 """Arrays in npy, npz and h5: pictures and volumes as arrays, MedSAM's npz, SAMed's slices (npz) and cases (h5)."""
 
+import io
 import json
 import os
 import re
@@ -157,7 +158,8 @@ def write_case(case: Case, path: str | os.PathLike) -> None:
     """
     import h5py
 
-    with writing(path) as temporary, h5py.File(temporary, "w") as file:
+    content = io.BytesIO()  # HDF5 itself brings the process down when it closes a file on a full disk
+    with h5py.File(content, "w") as file:
         for key, array in (("image", case.image.astype(np.float32, copy=False)), ("label", case.label)):
             if array is not None:
                 pack = dict(chunks=(1, *array.shape[1:]), compression="gzip", compression_opts=1)
@@ -167,6 +169,8 @@ def write_case(case: Case, path: str | os.PathLike) -> None:
             file.attrs["geometry"] = json.dumps(case.geometry.to_dict())
         if case.recipe is not None:
             file.attrs["recipe"] = json.dumps(case.recipe)
+    with writing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def _read_h5(path: Path, labels: bool) -> Volume:

@@ -1,0 +1,78 @@
+"""A place that takes no more, met for real: every library that writes has its own way of failing there."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from samlora.data.arrays import write_case, write_slice
+from samlora.data.grid import Case, Volume
+from samlora.data.volume import write_volume
+from samlora.errors import InputError
+from samlora.files import whole
+from samlora.model.tensors import write_tensors
+
+resource = pytest.importorskip("resource")
+NOISE = np.random.default_rng(0).normal(size=(60, 80, 50)).astype(np.float32)
+
+
+def write_state(path):
+    with whole(path) as temporary:
+        torch.save({"noise": torch.from_numpy(NOISE)}, temporary)
+
+
+def write_text(path):
+    with whole(path) as temporary:
+        temporary.write_text("x" * NOISE.size)
+
+
+WRITERS = {
+    "state.pt": write_state,
+    "adapter.safetensors": lambda path: write_tensors(path, {"noise": torch.from_numpy(NOISE)}),
+    "case.npy.h5": lambda path: write_case(Case(NOISE, (NOISE > 0).astype(np.uint8)), path),
+    "slice.npz": lambda path: write_slice(path, NOISE[0].repeat(9, 0), NOISE[0].repeat(9, 0) > 0),
+    **{
+        f"volume{ending}": lambda path: write_volume(Volume(NOISE, np.eye(4)), path)
+        for ending in (".nii", ".nii.gz", ".nrrd", ".mha", ".npy")
+    },
+    **{
+        f"picture{ending}": lambda path: write_volume(Volume((NOISE * 40 + 99).astype(np.uint8).reshape(600, 400, 1), np.eye(4)), path)
+        for ending in (".png", ".tif", ".bmp")
+    },
+    "table.csv": write_text,
+}
+
+
+@pytest.fixture
+def files_end_early():
+    """No file grows beyond 16 kB, as on a disk that is full by then."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_place_is_named_and_the_former_file_stays(name, tmp_path, files_end_early):
+    path = tmp_path / name
+    path.write_bytes(b"former")
+    with pytest.raises(InputError, match="cannot be written") as caught:
+        WRITERS[name](path)
+    line = str(caught.value)
+    assert str(path) in line and os.strerror(errno.EFBIG) in line and "\n" not in line, line
+    assert path.read_bytes() == b"former" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_there_is_room_again(name, tmp_path):
+    WRITERS[name](tmp_path / name)
+    assert (tmp_path / name).stat().st_size > 2**14
+
+
+def test_what_is_not_the_places_fault_stays_what_it_is(tmp_path):
+    for error in (RuntimeError("not of the place"), OSError(errno.EIO, os.strerror(errno.EIO)), KeyError("a")):
+        with pytest.raises(type(error)), whole(tmp_path / "x.txt"):
+            raise error
+    assert not list(tmp_path.iterdir())

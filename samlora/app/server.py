@@ -130,10 +130,17 @@ def _add_opening(app: FastAPI, library: Library, max_upload: int, of_tab: Any) -
         path = coming.path(name)
         stated = request.headers.get("content-length", "")
         coming.check(int(stated) if stated.isdigit() else 0)  # before any byte of it is kept
-        with open(path, "wb") as file:
-            async for part in request.stream():
-                coming.take(len(part))
-                file.write(part)
+        try:
+            with open(path, "wb") as file:
+                async for part in request.stream():
+                    coming.take(len(part))
+                    file.write(part)
+        except BaseException as error:  # what came in part only is not to be opened
+            path.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                place = f"{tempfile.gettempdir()} ({error.strerror}); free some space there"
+                raise InputError(f"{name}: cannot be kept in {place}") from None
+            raise
         return {}
 
     @app.post("/api/upload/open")

@@ -3,12 +3,12 @@
 ViT-B, 512 px, LoRA of rank 4, eight classes, the same random weights and images. In fp32 the losses of two steps must
 agree to 1e-5 before anything is timed; how far bfloat16 moves them is recorded. memory.py takes the peak memory.
 
-    python benchmarks/step.py [--batch 2] [--device cuda --batch 12]       (CPU, batch 2: five to ten minutes)
+    python benchmarks/step.py [--batch 2] [--device cuda --batch 12]       (CPU, batch 2: ten minutes, 12: an hour)
 
 Writes benchmarks/results/step.json.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from plain import dice_ce as plain_loss
@@ -61,21 +61,25 @@ def make_step(name: str, variant: str, size: int, batch: int, device: torch.devi
     return step
 
 
-def measure(variant: str, size: int, batch: int, repeats: int, device: torch.device) -> dict:
+def measure(
+    variant: str, size: int, batch: int, repeats: int, device: torch.device, without: Collection[str] = ()
+) -> dict:
     """Seconds of every variant's step; raises AssertionError unless the fp32 losses of two steps agree to 1e-5."""
-    names = GPU_VARIANTS if device.type == "cuda" else VARIANTS
+    names = [name for name in (GPU_VARIANTS if device.type == "cuda" else VARIANTS) if name not in without]
     steps = {name: make_step(name, variant, size, batch, device) for name in names}
-    losses = {name: [step().item() for _ in range(2)] for name, step in steps.items()}
-    for name in ("samlora fp32", "samlora fp32 checkpointing"):
+    losses, operations = {name: [step().item()] for name, step in steps.items()}, {}
+    for name, step in steps.items():
+        if name in VARIANTS:
+            with FlopCounterMode(display=False) as counter:
+                losses[name].append(step().item())
+            operations[name] = counter.get_total_flops()
+        else:  # what is compiled cannot be counted
+            losses[name].append(step().item())
+    for name in {"samlora fp32", "samlora fp32 checkpointing"} & set(names):
         torch.testing.assert_close(losses[name], losses[BASELINE], atol=1e-5, rtol=0)
     products = Products(device, batch * (size // PATCH) ** 2, ENCODERS[variant].width)
     variants, stock = steps | {KEPT: steps[BASELINE]}, [name for name in names if name.startswith("stock")]
     seconds = interleave(variants, repeats, warm_up=0, between=products, published=stock)  # two steps were taken above
-    operations = {}
-    for name in VARIANTS:
-        with FlopCounterMode(display=False) as counter:
-            steps[name]()
-        operations[name] = counter.get_total_flops()
     return {
         "losses_of_two_steps": losses,
         "operations": operations,
@@ -91,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2, help="the target names 12")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without", nargs="+", default=[], choices=VARIANTS[1:], help="variants to leave out")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
@@ -99,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config |= {"rank": 4, "classes": CLASSES, "threads": torch.get_num_threads()}
     what = "seconds of a training step, variants in turn in one process; fp32 losses equal to 1e-5 (asserted)"
     record = heading(what, device, config, kept=True)
-    record |= measure(*size, args.repeats, device)
+    record |= measure(*size, args.repeats, device, args.without)
     write_record(record, args.output)
     for name, times in record["seconds"].items():
         ratio = record["times_as_fast_as_stock_fp32"].get(name, {"median": 1.0})

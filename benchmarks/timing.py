@@ -47,18 +47,17 @@ def interleave(
 
     between: called before each variant, outside its time. published: variants that run as other programs do, which
     leave the C library's treatment of freed memory as it is (samlora.allocator); the rest run as samlora's commands.
+    Each begins without what the one before it left, as in a process of its own.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    kept = None
     for turn in range(warm_up + repeats):
         for name, function in variants.items():
             if between is not None:
                 between()
-            if kept != (name not in published):
-                kept = name not in published
-                keep_freed_memory(kept)
-                if kept:
-                    function()  # outside its time: a command has its memory after the first batch
+            keep_freed_memory(False)
+            if name not in published:
+                keep_freed_memory()
+                function()  # outside its time: a command has its memory after the first batch
             took, _ = timed(function)
             if turn >= warm_up:
                 seconds[name].append(took)

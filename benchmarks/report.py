@@ -95,7 +95,7 @@ def step(record: Mapping) -> str:
     return (
         speeds(record, {"samlora fp32": ">= 1.15x", "samlora bf16": ">= 3x"}, ">= 10x")
         + floor(record)
-        + f"\nBatch {batch}; the target names 12. Losses of two steps: {shown}.\n"
+        + f"\nBatch {batch}{'' if batch == 12 else '; the target names 12'}. Losses of two steps: {shown}.\n"
     )
 
 

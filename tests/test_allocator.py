@@ -40,3 +40,13 @@ def test_importing_leaves_the_process_as_it_is():
         "import samlora, samlora.cli, samlora.training.loop, samlora.inference.predictor; print('done')"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "done\n"
+
+
+@pytest.mark.parametrize("program", ["samlora.cli", "samlora.compare.job"])
+def test_a_program_asks_for_it(program, tmp_path):
+    code = (
+        "import samlora.allocator as a; a.keep_freed_memory = lambda *_: print('asked')\n"
+        f"import sys, {program} as program; sys.argv[1:] = ['--none']; sys.exit(program.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "asked\n"

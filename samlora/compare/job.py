@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from samlora.allocator import keep_freed_memory
 from samlora.data.dataset import SliceFile, data_folder, find_slices, read_geometry
 from samlora.data.grid import Case, Geometry
 from samlora.errors import InputError
@@ -266,6 +267,7 @@ def _with_nan(result: dict) -> dict:
 
 def main() -> int:
     """Runs the job of the folder that is named; 2 after one line about input that cannot be used."""
+    keep_freed_memory()
     try:
         run_job(Job.read(Path(sys.argv[1])))
     except InputError as error:

@@ -5,7 +5,7 @@ where each of two patients is held out once. `vit_ti` on the demo base, which is
 U-Nets from random weights; one learning rate, 1e-3, for all. Systems with prompts get theirs from the reference and
 stand in a table of their own.
 
-    python benchmarks/family.py --data FOLDER [--sets ultrasound ct] [--seconds 60]      (half an hour)
+    python benchmarks/family.py --data FOLDER [--sets ultrasound ct] [--seconds 120]      (forty minutes)
 
 FOLDER holds ultrasound/, ct_abdomen/ and dicom_ct/ (see the project's tests). Writes benchmarks/results/family.json.
 """
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--systems", nargs="+", help="instead of each set's own")
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--folder", type=Path, help="where data and runs go, and are kept (default: nowhere)")
     args = parser.parse_args(arguments)
     config = {"seconds": args.seconds, "folds": 2, "size": 256, "batch": 4, "threads": torch.get_num_threads()}

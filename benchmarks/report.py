@@ -271,10 +271,7 @@ def page(results: Path) -> str:
             record = json.loads(path.read_text(encoding="utf-8"))
             body = f"{show(record)}\n{source(record)}"
         parts.append(f"## {title}\n\n{body}")
-    parts.append(
-        "## Not measured\n\nSteps at the target's batch of 12 in turn with stock's: there was not the memory for both "
-        "(single ones stand with the peak memory). The speed of ViT-H; anything on a GPU.\n"
-    )
+    parts.append("## Not measured\n\nThe speed of ViT-H; anything on a GPU.\n")
     return "\n".join(parts)
 
 

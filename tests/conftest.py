@@ -1,5 +1,6 @@
 """Fixtures that several test files use."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -28,6 +29,23 @@ def shared_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("shared")
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def files_end_at():
+    """A context in which no file of this process grows beyond some bytes, as on a disk that is full by then."""
+    resource = pytest.importorskip("resource")
+
+    @contextlib.contextmanager
+    def limited(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture

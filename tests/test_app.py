@@ -310,16 +310,11 @@ def test_uploads_end_at_their_limit(client, stated):
     assert "--max_upload_mb" in error_of(answer)
 
 
-def test_an_upload_that_finds_no_room_is_one_line_and_not_there(client, folder):
-    resource = pytest.importorskip("resource")
+def test_an_upload_that_finds_no_room_is_one_line_and_not_there(client, folder, files_end_at):
     content = (folder / "img0001.nii.gz").read_bytes()
     client.post("/api/upload")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, before[1]))
-    try:
+    with files_end_at(len(content) // 2):
         answer = client.put("/api/upload/a.nii.gz", content=content)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert answer.status_code == 400 and "free some space" in error_of(answer)
     assert "no file has arrived" in error_of(client.post("/api/upload/open", json={}))
     assert client.put("/api/upload/a.nii.gz", content=content).status_code == 200

@@ -14,7 +14,6 @@ from samlora.errors import InputError
 from samlora.files import whole
 from samlora.model.tensors import write_tensors
 
-resource = pytest.importorskip("resource")
 NOISE = np.random.default_rng(0).normal(size=(60, 80, 50)).astype(np.float32)
 
 
@@ -45,20 +44,11 @@ WRITERS = {
 }
 
 
-@pytest.fixture
-def files_end_early():
-    """No file grows beyond 16 kB, as on a disk that is full by then."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_place_is_named_and_the_former_file_stays(name, tmp_path, files_end_early):
+def test_a_full_place_is_named_and_the_former_file_stays(name, tmp_path, files_end_at):
     path = tmp_path / name
     path.write_bytes(b"former")
-    with pytest.raises(InputError, match="cannot be written") as caught:
+    with files_end_at(2**14), pytest.raises(InputError, match="cannot be written") as caught:
         WRITERS[name](path)
     line = str(caught.value)
     assert str(path) in line and os.strerror(errno.EFBIG) in line and "\n" not in line, line

@@ -135,7 +135,7 @@ def _add_opening(app: FastAPI, library: Library, max_upload: int, of_tab: Any) -
                 async for part in request.stream():
                     coming.take(len(part))
                     file.write(part)
-        except BaseException as error:  # what came in part only is not to be opened
+        except BaseException as error:  # a part is not to be opened; `whole` would sync each slice
             path.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 place = f"{tempfile.gettempdir()} ({error.strerror}); free some space there"

@@ -1,8 +1,11 @@
 """Volumes keep their place in space, whatever is done to them; broken files give one line that names them."""
 
 import dataclasses
+import gc
 import gzip
 import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import nibabel
@@ -256,6 +259,29 @@ def test_slices_and_cases_come_back_as_written(tmp_path):
     assert np.array_equal(case.image, image) and np.array_equal(case.label, label)
     assert case.name == "case0001" and case.recipe == {"name": "r"}
     assert np.array_equal(case.affine, geometry.affine) and case.geometry.to_dict() == geometry.to_dict()
+
+
+def test_threads_read_at_once(tmp_path):
+    """Python before 3.11.8 fails in numpy's parser of headers when the garbage collector hands over to another thread."""
+    images = np.random.default_rng(0).random((8, 4, 4), np.float32)
+    for n, image in enumerate(images):
+        write_slice(tmp_path / f"{n}.npz", image, np.zeros((4, 4), np.uint8))
+
+    def hand_over(phase, info):
+        sum(range(20_000))
+
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(20)
+    gc.callbacks.append(hand_over)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            read = list(pool.map(read_slice, [tmp_path / f"{n}.npz" for n in range(8)] * 50))
+    finally:
+        gc.callbacks.remove(hand_over)
+        gc.set_threshold(*thresholds)
+        sys.setswitchinterval(interval)
+    assert all(np.array_equal(read[n][0], images[n % 8]) for n in range(400))
 
 
 def test_published_files_know_no_geometry(tmp_path):

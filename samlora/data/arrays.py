@@ -1,9 +1,12 @@
 """Arrays in npy, npz and h5: pictures and volumes as arrays, MedSAM's npz, SAMed's slices (npz) and cases (h5)."""
 
+import contextlib
 import io
 import json
 import os
 import re
+import sys
+import threading
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +20,10 @@ from samlora.errors import InputError
 
 ARRAYS = (".npy", ".npz", ".npy.h5", ".h5")
 
+# numpy parses the header of an array with `ast`, which before Python 3.11.8 breaks off with a SystemError when several
+# threads are in it at once (github.com/python/cpython/issues/106905); there, one thread reads at a time.
+_parsing = threading.Lock() if sys.version_info < (3, 11, 8) else contextlib.nullcontext()
+
 
 def read_array(path: Path, labels: bool) -> Volume:
     """Reads a bare array: (H, W) as (W, H, 1), colours (H, W, 3) as (W, H, 1, 3), a stack (D, H, W) as (W, H, D).
@@ -29,7 +36,7 @@ def read_array(path: Path, labels: bool) -> Volume:
     name, spacing = path.name.lower(), None
     if name.endswith(".h5"):
         return _read_h5(path, labels)
-    with reading(path, "npz archive" if name.endswith(".npz") else "npy array"):
+    with reading(path, "npz archive" if name.endswith(".npz") else "npy array"), _parsing:
         array = np.load(path, allow_pickle=False)
         if isinstance(array, np.lib.npyio.NpzFile):
             with array as archive:
@@ -102,7 +109,7 @@ def read_slice(path: str | os.PathLike, index: int | None = None) -> tuple[np.nd
     path, names = Path(path), {"image": "image", "label": "label"}
     if index is not None:
         names = {"imgs": "image", "gts": "label"}
-    with reading(path, "npz archive"):
+    with reading(path, "npz archive"), _parsing:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("a single array")
@@ -119,7 +126,7 @@ def read_slice(path: str | os.PathLike, index: int | None = None) -> tuple[np.nd
 def stack_length(path: str | os.PathLike) -> int | None:
     """Slices of a file in MedSAM's format, from its header alone; None for any other file."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open("imgs.npy") as member:
+        with _parsing, zipfile.ZipFile(path) as archive, archive.open("imgs.npy") as member:
             version = np.lib.format.read_magic(member)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, _ = read(member)

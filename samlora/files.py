@@ -41,7 +41,7 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
     except InputError:
         raise
     except Exception as error:
-        reason = _reason(error, temporary)
+        reason = _refusal(error, temporary)
         if reason is None:
             raise
         advice = "free some space or choose another place"
@@ -50,7 +50,7 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _reason(error: Exception, temporary: Path) -> str | None:
+def _refusal(error: Exception, temporary: Path) -> str | None:
     """Why the place does not take the file, in the system's words; None where the place is not to blame.
 
     torch, safetensors and ITK raise errors of their own on a full disk. safetensors quotes the system's; for the

@@ -35,9 +35,8 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
             yield temporary
     except InputError:
         raise
-    except (OSError, RuntimeError) as error:  # ITK raises RuntimeError when the disk is full
-        advice = "free some space or choose another place"
-        raise InputError(f"{path}: cannot be written ({_reason(error)}); {advice}") from None
+    except (OSError, RuntimeError) as error:  # a full disk is not among these: `whole` has named it
+        raise InputError(f"{path}: cannot be written ({_reason(error)}); choose another place or format") from None
 
 
 def check_finite(array: np.ndarray, path: str | os.PathLike) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import io
+import json
 import os
 import shutil
 import socket
@@ -141,12 +142,13 @@ def test_a_token_is_needed_elsewhere(models, folder):
             assert answer.status_code == 401 and "token" in error_of(answer), asked
         for bearer in ("Bearer wrong", "Bearer ", "Basic right-token", "Bearer right-token2", "Bearer \xe9"):
             assert client.get("/", headers={"Authorization": bearer.encode("latin-1")}).status_code == 401
-        assert client.get("/", headers={"Cookie": "samlora_token=wrong"}).status_code == 401
+        assert client.get("/", headers={"Cookie": "samlora_token_8000=wrong"}).status_code == 401
         assert client.get("/page.js", headers={"Authorization": "Bearer right-token"}).status_code == 200
         entered = client.get("/?token=right-token&x=1")
         assert entered.status_code == 303 and entered.headers["location"] == "/?x=1"
         cookie = entered.headers["set-cookie"].lower()
         assert "httponly" in cookie and "samesite=strict" in cookie
+        assert cookie.startswith("samlora_token_8000="), "another server on this host has another"
         assert client.get("/").status_code == client.post("/api/session").status_code == 200, "with the cookie"
         assert client.get("/", headers={"Host": "evil.example"}).status_code == 400, "even with the token"
 
@@ -368,8 +370,10 @@ def test_export_lies_on_the_input(client, folder, tmp_path):
     y, x = np.indices((64, 64))
     expected[:, :, 3] = (np.hypot(x - 20, y - 12) <= 5).T[::-1, ::-1]
     assert np.array_equal(labels.array == 1, expected)
+    assert client.get("/api/state").json()["unsaved"] is False
+    client.post("/api/brush", json={"index": 4, "path": [[20, 12]], "radius": 5, "erase": False})
     names = client.get("/api/export?format=names").json()
-    assert names == {"1": "object"}
+    assert names == {"1": "object"} and client.get("/api/state").json()["unsaved"], "names are not the labels"
 
 
 def test_export_of_pictures_and_wrong_formats(client, tmp_path):
@@ -434,15 +438,31 @@ def test_edits_and_undo_over_http(client):
         ("/api/automatic", {"index": 1}),
         ("/api/model", {"number": 5}),
         ("/api/labels", {"name": "x" * 99}),
+        ("/api/labels", {"name": "\ud800"}),
+        ("/api/open", {"name": "\ud800"}),
+        ("/api/click", '{"index": 1, "x": 1' + "0" * 5000 + ', "y": 1, "positive": true}'),
+        ("/api/nothing", {}),
         ("/api/open", {}),
         ("/api/upload/open", {}),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(client, path, body):
     opened(client)
-    answer = client.post(path, json=body)
-    assert answer.status_code in (400, 422)
+    content = body if isinstance(body, str) else json.dumps(body)
+    answer = client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 404 if path == "/api/nothing" else answer.status_code in (400, 422)
     error_of(answer)
+    assert client.get("/api/state").status_code == 200
+
+
+def test_a_page_of_another_image_changes_nothing(client):
+    number = opened(client)["image"]["number"]
+    opened(client)
+    stroke = {"index": 4, "path": [[20, 12]], "radius": 5, "erase": False}
+    answer = client.post("/api/brush", json=stroke, headers={"X-Image": str(number)})
+    assert answer.status_code == 409 and "reload" in error_of(answer)
+    assert client.get("/api/state").json()["undo"] is None
+    assert client.post("/api/brush", json=stroke, headers={"X-Image": str(number + 1)}).status_code == 200
 
 
 def test_files_that_are_broken_are_named(client):

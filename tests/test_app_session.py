@@ -362,6 +362,77 @@ def test_another_model_keeps_the_labels_in_their_place(models):
     assert not session.image.labels.any(), "an edit of another plane is undone where it was made"
 
 
+def test_undo_after_another_model_finds_its_labels(models):
+    """What history speaks of keeps its name, also while nothing of it is drawn."""
+    session = Session(models)
+    session.open(Image(ball(), "ball"))
+    session.choose_label(2)
+    session.brush(MIDDLE, [(30, 27)], 6)
+    names = [label.name for label in session.labels]
+    for steps in (session.undo, lambda: session.clear(every=True)):
+        steps()
+        session.choose_model(1)
+        session.choose_model(2)
+        assert [label.name for label in session.labels][:2] == names == ["liver", "spleen"]
+        (session.redo if steps == session.undo else session.undo)()
+        assert session.state()["labels"][1]["voxels"] == np.count_nonzero(session.image.labels == 2) > 0
+
+
+def test_names_that_a_person_gave_stay(models):
+    session = Session(models)
+    session.choose_model(2)
+    session.rename_label(1, "tumour")
+    session.choose_model(1)
+    assert [label.name for label in session.labels] == ["tumour", "spleen", "kidney"]
+    session.open(Image(ball(), "ball"))
+    assert next(iter(session.labels)).name == "tumour"
+
+
+def test_too_many_labels_leave_the_model_as_it_was(models):
+    session = Session(models)
+    session.choose_model(2)
+    while len(list(session.labels)) < MOST_LABELS:
+        session.add_label(f"label {len(list(session.labels))}")
+    with pytest.raises(InputError, match="255 labels"):
+        session.choose_model(1)
+    assert session.model == 2 and len(list(session.labels)) == MOST_LABELS
+
+
+@pytest.mark.parametrize("axes", ["LPS", "RAS", "SRP"])
+def test_an_edit_is_found_in_another_cut(models, axes):
+    session = Session(models)
+    session.open(Image(ball(axes), "ball"))
+    session.brush(MIDDLE, [(30, 20), (36, 25)], 4)
+    session.choose_model(1)
+    edit = session.undo()
+    assert session.slices_of(session.redo()) == session.slices_of(edit)
+    here = np.flatnonzero(session.image.drawn.any(axis=(1, 2)))
+    assert session.slices_of(edit) == (here[0], here[-1] + 1) != edit.slices
+    session.choose_model(0)
+    assert session.slices_of(edit) == edit.slices == (MIDDLE, MIDDLE + 1)
+
+
+def test_unsaved_is_what_was_drawn_and_not_exported(session):
+    assert not session.unsaved
+    session.brush(MIDDLE, [(30, 27)], 6)
+    assert session.unsaved and session.state()["unsaved"]
+    session.exported(session.revision)
+    assert not session.unsaved
+    session.undo()
+    assert not session.unsaved, "nothing is drawn"
+    session.redo()
+    assert session.unsaved
+    session.open(Image(ball(), "another"))
+    assert not session.unsaved
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\x07", "a\u202eb", "\x00"])
+def test_names_can_be_shown(session, name):
+    with pytest.raises(InputError, match="cannot be shown"):
+        session.add_label(name)
+    session.add_label("肝臓 foie-é")
+
+
 # --- geometry --------------------------------------------------------------------------------------------
 
 

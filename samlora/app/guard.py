@@ -10,7 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-COOKIE = "samlora_token"
+COOKIE = "samlora_token"  # and the port: cookies are shared by all ports of a host
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -80,13 +80,13 @@ class Guard:
         if given is not None and scope["path"] == "/" and self._matches(given):
             rest = urlencode([(key, value) for key, value in query if key != "token"])
             answer = RedirectResponse(f"/?{rest}" if rest else "/", 303)
-            answer.set_cookie(COOKIE, given, httponly=True, samesite="strict")
+            answer.set_cookie(_cookie(headers), given, httponly=True, samesite="strict")
             return answer
         kind, _, bearer = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer" and self._matches(bearer):
             return None
         try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+            cookie = SimpleCookie(headers.get("cookie", "")).get(_cookie(headers))
         except CookieError:
             cookie = None
         if cookie is not None and self._matches(cookie.value):
@@ -106,6 +106,11 @@ class Guard:
             await send(message)
 
         return sending
+
+
+def _cookie(headers: Headers) -> str:
+    port = headers["host"].rpartition(":")[2]
+    return f"{COOKIE}_{port}" if port.isascii() and port.isdigit() else COOKIE
 
 
 def is_loopback(host: str) -> bool:

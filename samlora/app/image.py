@@ -48,6 +48,18 @@ class Image:
         turned = volume if orientation is None else reorient(volume, orientation)
         return transposed(turned.array, slice_order(slice_axis))
 
+    def met_by(self, plane: tuple[str | None, int], box: tuple[slice, slice, slice]) -> tuple[int, int]:
+        """First and last slice + 1, as they are cut now, that a box of slices cut as `plane` says meets."""
+        for indices in np.indices(self.labels.shape, sparse=True):
+            here = np.broadcast_to(indices, self.labels.shape)
+            found = self.slices_of(here, self.plane)[:, 0, 0]
+            if found[0] != found[-1]:  # this axis of the file runs along the slices
+                there = self.slices_of(here, plane)[box]
+                ends = there[0, 0, 0], there[-1, -1, -1]
+                met = np.flatnonzero((min(ends) <= found) & (found <= max(ends)))
+                return int(met[0]), int(met[-1]) + 1
+        return 0, 1
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Slices, rows, columns."""

@@ -1,5 +1,6 @@
 """The labels that can be drawn: their values, names and colours."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -30,6 +31,13 @@ class Labels:
 
     def __iter__(self) -> Iterator[Label]:
         return iter(self._labels)
+
+    def with_names(self, names: Sequence[str]) -> "Labels":
+        """A copy in which each of `names` has a label. Raises InputError where they are too many."""
+        labels = copy.deepcopy(self)
+        for name in names:
+            labels.named(name)
+        return labels
 
     def of(self, value: int) -> Label:
         """The label of a value. Raises InputError if there is none."""
@@ -62,6 +70,8 @@ class Labels:
         name = " ".join(name.split())
         if not 0 < len(name) <= 64:
             raise InputError(f"label name {name[:70]!r}: 1 to 64 characters are needed")
+        if not name.isprintable():  # half of a surrogate pair cannot even be sent to the page
+            raise InputError(f"label name {name!r}: holds characters that cannot be shown; leave them out")
         if any(label.name == name for label in self._labels):
             raise InputError(f"label name {name!r}: is there already; choose another")
         return name

@@ -19,6 +19,7 @@ try:
     from fastapi import Body, Depends, FastAPI, Header, Request
     from fastapi.exceptions import RequestValidationError
     from starlette.background import BackgroundTask
+    from starlette.exceptions import HTTPException
     from starlette.middleware.gzip import GZipMiddleware
     from starlette.responses import FileResponse, JSONResponse, Response
 except ImportError as error:
@@ -30,7 +31,7 @@ from samlora.app.library import Library, TooLargeError, Upload
 from samlora.app.models import Models
 from samlora.app.nninteractive import router
 from samlora.app.session import Session
-from samlora.app.sessions import LostSessionError, Sessions, Tab
+from samlora.app.sessions import LostSessionError, Sessions, StalePageError, Tab
 from samlora.data.recipe import Recipe
 from samlora.data.volume import write_dicom_seg, write_volume
 from samlora.evaluation.report import class_colour
@@ -64,8 +65,11 @@ def create_app(
     _add_errors(app)
     _add_page(app)
 
-    def tab(x_session: Annotated[str, Header()]) -> Tab:
-        return sessions.get(x_session)
+    def tab(x_session: Annotated[str, Header()], x_image: Annotated[int | None, Header()] = None) -> Tab:
+        found = sessions.get(x_session)
+        if x_image is not None and x_image != found.session.number:
+            raise StalePageError("another image was opened from another tab of this session; reload the page")
+        return found
 
     of_tab = Annotated[Tab, Depends(tab)]
 
@@ -189,16 +193,18 @@ def _export(session: Session, format: str, folder: Path) -> Path:
         path = folder / f"{stem}_labels.json"
         path.write_text(json.dumps({str(value): name for value, name in names.items()}, indent=1), encoding="utf-8")
         return path
-    volume = image.label_volume()
+    revision, volume = session.revision, image.label_volume()
     if format == "dicom-seg":
         if not image.from_dicom:
             raise InputError(f"{image.name}: is no DICOM series, so no DICOM segmentation can refer to it; use nii.gz")
         path = folder / f"{stem}_labels.dcm"
         write_dicom_seg(volume, image.source, path, list(names.values()), series=image.series)
+        session.exported(revision)
         return path
     path = folder / f"{stem}_labels.{format}"
     palette = [tuple(round(255 * part) for part in class_colour(value)) for value in range(1, max(names) + 1)]
     write_volume(volume, path, palette=palette if format in ("png", "tif") else None)
+    session.exported(revision)
     return path
 
 
@@ -245,11 +251,11 @@ def _add_edits(app: FastAPI, of_session: Any) -> None:
 
     @app.post("/api/undo")
     def undo(session: of_session) -> dict:
-        return {"moved": _told(session.undo()), **session.state()}
+        return {"moved": _told(session, session.undo()), **session.state()}
 
     @app.post("/api/redo")
     def redo(session: of_session) -> dict:
-        return {"moved": _told(session.redo()), **session.state()}
+        return {"moved": _told(session, session.redo()), **session.state()}
 
     @app.post("/api/automatic")
     def automatic(session: of_session, index: Annotated[int | None, Body(embed=True)]) -> dict:
@@ -302,9 +308,9 @@ def _add_edits(app: FastAPI, of_session: Any) -> None:
         return session.state()
 
 
-def _told(edit: Edit | None) -> dict | None:
+def _told(session: Session, edit: Edit | None) -> dict | None:
     """What the page says of an edit that was undone or done again."""
-    return None if edit is None else {"what": edit.what, "slices": edit.slices}
+    return None if edit is None else {"what": edit.what, "slices": session.slices_of(edit)}
 
 
 def _add_page(app: FastAPI) -> None:
@@ -321,20 +327,26 @@ def _add_page(app: FastAPI) -> None:
 def _add_errors(app: FastAPI) -> None:
     """Whatever cannot be done is one line: {"error": ...}."""
 
+    def told(text: str, status: int) -> JSONResponse:
+        return JSONResponse({"error": text.encode("utf-8", "replace").decode()}, status)
+
     @app.exception_handler(InputError)
     def unusable(_: Request, error: InputError) -> JSONResponse:
-        status = {TooLargeError: 413, LostSessionError: 410}.get(type(error), 400)
-        return JSONResponse({"error": str(error)}, status)
+        return told(str(error), {TooLargeError: 413, LostSessionError: 410, StalePageError: 409}.get(type(error), 400))
+
+    @app.exception_handler(HTTPException)
+    def refused(_: Request, error: HTTPException) -> JSONResponse:
+        return told(str(error.detail), error.status_code)
 
     @app.exception_handler(RequestValidationError)
     def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        return JSONResponse({"error": f"{where}: {first['msg']}"}, 422)
+        return told(f"{where}: {first['msg']}", 422)
 
     @app.exception_handler(Exception)
     def bug(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": f"{type(error).__name__}: {error}; the terminal says more"}, 500)
+        return told(f"{type(error).__name__}: {error}; the terminal says more", 500)
 
 
 def serve(path: str | None, config: AppConfig) -> None:

@@ -1,7 +1,7 @@
 """One person's work on one image: prompts, brush, labels, undo; free of HTTP, so that any protocol can drive it.
 
     session = Session(models)                      # models.Models
-    session.open(image)                            # image.Image; labels and history begin empty
+    session.open(image)                            # image.Image; nothing drawn, nothing to undo
     session.choose_model(number)                   # of models.entries; 0 is chosen at first
     session.click(index, x, y, positive=True)      # a point for the object being drawn; its mask is drawn at once
     session.draw_box(index, box)                   # XYXY; begins the object anew within this box
@@ -47,8 +47,10 @@ class Session:
         self.channel = 0
         self.keep = True
         self.job: Job | None = None
-        self._number = 0  # counts images
+        self.number = 0  # counts images
         self.revision = 0  # counts changes of the labels
+        self._exported = 0  # the revision that was exported last
+        self._named = False  # whether a person named labels
         self._lock = threading.RLock()
         self._history = History()
         self._prompted: Prompted | None = None
@@ -59,34 +61,35 @@ class Session:
     # --- image, model, labels ----------------------------------------------------------------------------
 
     def open(self, image: Image) -> None:
-        """Takes another image. Labels and history of the one before are gone."""
+        """Takes another image. What was drawn on the one before is gone; names that a person gave stay."""
         with self._lock:
             self._idle()
             self.image, self._history, self.job, self.channel = image, History(), None, 0
-            self._number += 1
+            self.number += 1
             self._counts[:] = 0
             self._counts[0] = image.labels.size
             self.choose_model(self.model)
             self.revision += 1
+            self._exported = self.revision
 
     def choose_model(self, number: int) -> None:
         """Takes another model for what comes next, and the names of its classes as labels.
 
-        Slices are cut as the model's recipe says; what is drawn already stays where it is in the volume.
+        Slices are cut as the model's recipe says; what is drawn already stays where it is in the volume. Labels that
+        were drawn, even if undone since, or named by a person stay as they are.
         """
         with self._lock:
             self._idle()
             entry = self.models.entry(number)
+            if self._named or self._history.last or self._history.next:
+                self.labels = self.labels.with_names(entry.class_names)
+            else:
+                self.labels = Labels(entry.class_names or ("object",))
             self.model, self._prompted = number, None
             if self.image is not None:
                 recipe = entry.recipe or usual_recipe(self.image.volume)
                 self.image.cut(recipe.orientation, recipe.slice_axis)
                 self._ask_anew()
-            if self._counts[1:].any():
-                for name in entry.class_names:
-                    self.labels.named(name)
-            else:
-                self.labels = Labels(entry.class_names or ("object",))
 
     @property
     def entry(self) -> Entry:
@@ -113,12 +116,14 @@ class Session:
         """A new label under the first free value; it becomes the active one."""
         with self._lock:
             label = self.labels.add(name)
+            self._named = True
             self.choose_label(label.value)
             return label
 
     def rename_label(self, value: int, name: str) -> None:
         with self._lock:
             self.labels.rename(value, name)
+            self._named = True
 
     def choose_label(self, value: int) -> None:
         """Takes the label that is drawn from now on; another object begins."""
@@ -308,6 +313,19 @@ class Session:
             self._ready(0)
             return self._move(self._history.forward(), "after")
 
+    def slices_of(self, edit: Edit) -> tuple[int, int] | None:
+        """First and last slice + 1 of the image, as it is cut now, where an edit changed labels; None where none."""
+        return None if edit.slices is None else self.opened.met_by(edit.plane, edit.box)
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether anything is drawn that was not exported as it is now."""
+        return self.revision != self._exported and bool(self._counts[1:].any())
+
+    def exported(self, revision: int) -> None:
+        """Says that the labels were written to a file as they were at that revision."""
+        self._exported = revision
+
     @property
     def opened(self) -> Image:
         """The image. Raises InputError where none is open."""
@@ -386,7 +404,7 @@ class Session:
             now, last, following = self._prompted, self._history.last, self._history.next
             image = None
             if self.image is not None:
-                image = self.image.description() | {"number": self._number}
+                image = self.image.description() | {"number": self.number}
             return {
                 "image": image,
                 "model": self.model,
@@ -395,6 +413,7 @@ class Session:
                 "active": self.labels.active,
                 "keep": self.keep,
                 "revision": self.revision,
+                "unsaved": self.unsaved,
                 "prompts": None if now is None else now.told(),
                 "undo": last.what if last else None,
                 "redo": following.what if following else None,

@@ -17,6 +17,10 @@ class LostSessionError(InputError):
     """A page's session is not there any more."""
 
 
+class StalePageError(InputError):
+    """A page speaks of an image that is not the session's any more."""
+
+
 @dataclass
 class Tab:
     """What belongs to one page: its session, the files its image came from, and those that are coming."""

@@ -9,6 +9,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 
+from samlora.colours import class_colour
 from samlora.data.grid import Volume, match_grid, reorient
 from samlora.data.volume import list_series, read_volume, write_dicom_seg, write_volume
 from samlora.errors import InputError
@@ -319,6 +320,61 @@ def test_segmentations_lie_on_their_slices(kind, directions, tmp_path):
     assert np.array_equal(read.array, MASK.T) and np.allclose(read.affine, labels.affine)
 
 
+SCRIPTS = [
+    (None, "A^B"),
+    ("ISO_IR 100", "Müller^Jürgen"),
+    ("ISO_IR 144", "Люксембург"),
+    (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+    ("GB18030", "Wang^XiaoDong=王^小东"),
+    ("ISO_IR 192", "Ü^肝"),
+]
+
+
+@pytest.mark.parametrize("characters, patient", SCRIPTS, ids=[str(script[0]) for script in SCRIPTS])
+def test_names_in_any_script_read_back_exactly(characters, patient, tmp_path):
+    """Whatever character set the source has: names of classes, and what is copied from it, within sequences too."""
+    import highdicom
+
+    text, code, person = patient.split("=")[-1], Dataset(), Dataset()
+    code.CodeMeaning, code.CodeValue, code.CodingSchemeDesignator = text, "1", "99TEST"
+    person.InstitutionName, person.PersonIdentificationCodeSequence = text, [code]
+    tags = dict(PatientName=patient, ReferringPhysicianName=patient, StudyDescription=text)
+    nested = dict(ProcedureCodeSequence=[code], ReferringPhysicianIdentificationSequence=[person])
+    write_series(tmp_path / "ct", SpecificCharacterSet=characters, **tags, **nested)
+    names, path = ["肝", "печень", "Milz ä", "é" * 70], tmp_path / "seg.dcm"
+    write_dicom_seg(labels_of(read_volume(tmp_path / "ct")), tmp_path / "ct", path, names)
+    for read in (pydicom.dcmread, highdicom.seg.segread):
+        data = read(path)
+        assert [item.SegmentLabel for item in data.SegmentSequence] == [name[:64] for name in names]
+        assert data.SpecificCharacterSet == "ISO_IR 192"
+        assert {key: str(data[key].value) for key in tags} == tags
+        assert data.ProcedureCodeSequence[0].CodeMeaning == text
+        (identified,) = data.ReferringPhysicianIdentificationSequence
+        assert identified.InstitutionName == identified.PersonIdentificationCodeSequence[0].CodeMeaning == text
+
+
+@pytest.mark.parametrize("way", ["AUTOMATIC", "SEMIAUTOMATIC", "MANUAL"])
+def test_segments_say_who_drew_them(way, tmp_path):
+    write_series(tmp_path / "ct")
+    labels = labels_of(read_volume(tmp_path / "ct"))
+    write_dicom_seg(labels, tmp_path / "ct", tmp_path / "seg.dcm", NAMES, algorithm="net", algorithm_type=way)
+    for item in pydicom.dcmread(tmp_path / "seg.dcm").SegmentSequence:
+        assert item.SegmentAlgorithmType == way
+        named = {"SegmentAlgorithmName", "SegmentationAlgorithmIdentificationSequence"} & set(item.dir())
+        assert len(named) == (0 if way == "MANUAL" else 2)
+        assert item.get("SegmentAlgorithmName") == (None if way == "MANUAL" else "net")
+
+
+def test_segments_have_the_colours_of_their_classes(tmp_path):
+    import highdicom
+
+    write_series(tmp_path / "ct")
+    write_dicom_seg(labels_of(read_volume(tmp_path / "ct")), tmp_path / "ct", tmp_path / "seg.dcm", NAMES)
+    for item in pydicom.dcmread(tmp_path / "seg.dcm").SegmentSequence:
+        shown = highdicom.color.CIELabColor.from_dicom_value(list(item.RecommendedDisplayCIELabValue)).to_rgb(clip=True)
+        assert shown == pytest.approx([255 * part for part in class_colour(item.SegmentNumber)], abs=2)
+
+
 def test_segmentations_of_turned_and_empty_labels(tmp_path):
     write_series(tmp_path / "ct")
     image, path = read_volume(tmp_path / "ct"), tmp_path / "ct" / "seg.dcm"
@@ -390,6 +446,8 @@ def test_segmentations_that_cannot_be_are_refused(tmp_path, monkeypatch):
     ):
         with pytest.raises(InputError, match=said):
             write_dicom_seg(wrong, tmp_path / "ct", tmp_path / "a.dcm", names, kind=kind)
+    with pytest.raises(InputError, match="allowed is AUTOMATIC, SEMIAUTOMATIC, MANUAL"):
+        write_dicom_seg(labels, tmp_path / "ct", tmp_path / "a.dcm", NAMES, algorithm_type="manual")
     write_dicom_seg(labels, tmp_path / "ct", tmp_path / "b.dcm", NAMES)
     data = pydicom.dcmread(tmp_path / "b.dcm")
     data.PixelData = bytes(len(data.PixelData)).replace(b"\0", b"\xff")  # every segment everywhere

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 
 import numpy as np
 import pytest
@@ -170,7 +169,21 @@ def test_curves_refuse_what_is_no_table(tmp_path, text):
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_colours_are_distinct_and_repeat():
-    assert len({report.class_colour(label) for label in range(1, 17)}) == 16
-    assert report.class_colour(17) == report.class_colour(1)
-    assert not math.isnan(sum(report.class_colour(255)))
+def to_lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* as Pillow's colour management has it, of (N, 3) uint8."""
+    from PIL import ImageCms
+
+    way = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    stored = np.asarray(ImageCms.applyTransform(Image.fromarray(rgb[None]), way))[0]
+    return np.column_stack([stored[:, 0] * (100 / 255), stored[:, 1:].view(np.int8)])
+
+
+def test_colours_of_all_labels_differ_those_of_the_first_clearly():
+    colours = [report.class_colour(label) for label in range(1, 256)]
+    assert len(set(colours)) == 255 and report.class_colour(256) == colours[0]
+    assert 0 <= np.min(colours) and np.max(colours) <= 1
+    places = to_lab(np.round(255 * np.array(colours)).astype(np.uint8))
+    apart = np.linalg.norm(places[:, None] - places, axis=-1) + 1000 * np.eye(255)
+    assert apart.min() > 7
+    assert apart[:24, :24].min() > 18  # two that one takes for each other are nearer than 10
+    assert places[:, 0].min() > 40, "none is so dark that its outline is lost in dark tissue"

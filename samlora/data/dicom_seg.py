@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from samlora.colours import class_colour, lab
 from samlora.data.dicom import choose, grid
 from samlora.data.dicom_header import Header
 from samlora.data.grid import Volume, integers, match_grid
@@ -17,6 +17,8 @@ from samlora.data.opening import reading, writing
 from samlora.errors import InputError
 
 KINDS = ("BINARY", "FRACTIONAL", "LABELMAP")
+WAYS = ("AUTOMATIC", "SEMIAUTOMATIC", "MANUAL")
+_UTF8 = "ISO_IR 192"  # the character set with the letters of every name: that of the source may lack some
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _CLASSES = {"CT": "CTImageStorage", "MR": "MRImageStorage", "PT": "PositronEmissionTomographyImageStorage"}
 
@@ -31,6 +33,7 @@ def write_dicom_seg(
     kind: str = "BINARY",
     algorithm: str = "samlora",
     version: str | None = None,
+    algorithm_type: str = "AUTOMATIC",
 ) -> None:
     """Writes labels 0..n as a DICOM segmentation of the series they belong to, whole or not at all.
 
@@ -38,7 +41,9 @@ def write_dicom_seg(
     class_names: of labels 1..n; each becomes a segment of that number, also where it has no voxel, so an empty label
     map gives a valid file. Every slice has a frame per segment (LABELMAP: one frame), empty ones too, so that a reader
     without the series finds the whole grid. Segments are coded as SNOMED's "Anatomical structure", their label is the
-    name. algorithm, version: what made the labels; samlora's own version by default.
+    name, of which DICOM holds 64 characters, in any script. algorithm, version: what made the labels; samlora's own
+    version by default. algorithm_type: "AUTOMATIC", "SEMIAUTOMATIC" where a person clicked or corrected, or "MANUAL";
+    a segment drawn by hand names no algorithm.
     Study, series, frame of reference and instances of an anonymised series may have no UIDs, which a segmentation must
     refer to: they are made up, in the new file only, from the content of the source, so that two segmentations
     of the same series refer to the same UIDs.
@@ -49,6 +54,8 @@ def write_dicom_seg(
     source, names = Path(source), list(class_names)
     if kind not in KINDS:
         raise InputError(f"{path}: segmentation kind {kind!r}; allowed is {', '.join(KINDS)}")
+    if algorithm_type not in WAYS:
+        raise InputError(f"{path}: algorithm_type {algorithm_type!r}; allowed is {', '.join(WAYS)}")
     headers = choose(source, series)
     shape = (*headers[0].size[:2], headers[0].size[2] * len(headers))
     affine = grid(headers, source)
@@ -64,7 +71,9 @@ def write_dicom_seg(
             source_images=images,
             pixel_array=np.ascontiguousarray(array.transpose(2, 1, 0)),
             segmentation_type=kind,
-            segment_descriptions=[_segment(n, name, algorithm, version) for n, name in enumerate(names, start=1)],
+            segment_descriptions=[
+                _segment(n, name, algorithm_type, algorithm, version) for n, name in enumerate(names, start=1)
+            ],
             series_instance_uid=highdicom.UID(),
             series_number=headers[0].number + 1000,
             sop_instance_uid=highdicom.UID(),
@@ -77,6 +86,9 @@ def write_dicom_seg(
             content_label="SEGMENTATION",
             omit_empty_frames=False,
         )
+        segmentation.SpecificCharacterSet = _UTF8
+        for _ in segmentation.iterall():  # what was copied unread would be written as it is, in the source's letters
+            pass
     with writing(path) as temporary:
         segmentation.save_as(temporary)
 
@@ -144,6 +156,7 @@ def _images(headers: Sequence[Header], affine: np.ndarray) -> list:
         if "FrameOfReferenceUID" in image and "FrameOfReferenceUID" not in needed:
             del image.FrameOfReferenceUID  # it would promise places that this image has not
         image.Modality = header.modality or "OT"
+        image.SpecificCharacterSet = _UTF8  # what is read is decoded as the file says; highdicom refuses some sets
         for key in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID"):
             image.setdefault(key, "")
         for key in ("StudyDate", "StudyTime"):
@@ -156,20 +169,20 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _segment(number: int, name: str, algorithm: str, version: str):
+def _segment(number: int, name: str, way: str, algorithm: str, version: str):
     import highdicom
     from pydicom.sr.codedict import codes
 
-    family = codes.cid7162.ArtificialIntelligence
-    # Steps of the golden angle around the colour circle keep neighbours apart, however many classes there are.
-    angle = number * math.pi * (3 - math.sqrt(5))
-    colour = highdicom.color.CIELabColor(65.0, 60 * math.cos(angle), 60 * math.sin(angle))
+    made_by = None
+    if way != "MANUAL":
+        family = codes.cid7162.ArtificialIntelligence
+        made_by = highdicom.AlgorithmIdentificationSequence(algorithm[:64], family, version)
     return highdicom.seg.SegmentDescription(
         segment_number=number,
         segment_label=name[:64],
         segmented_property_category=codes.SCT.AnatomicalStructure,
         segmented_property_type=codes.SCT.AnatomicalStructure,
-        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-        algorithm_identification=highdicom.AlgorithmIdentificationSequence(algorithm[:64], family, version),
-        display_color=colour,
+        algorithm_type=way,
+        algorithm_identification=made_by,
+        display_color=highdicom.color.CIELabColor(*lab(class_colour(number)).tolist()),
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from samlora.colours import PALETTE, class_colour
 from samlora.errors import InputError, MissingFileError
 from samlora.files import whole
 
@@ -20,26 +21,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# First eight colours that keep apart on gray images, for the common kinds of colour blindness too: Okabe
-# and Ito's without black, both blues lighter so that thin lines show on dark tissue, and a pale rose. The
-# rest is Tol's "muted" set; then they repeat.
-PALETTE = (
-    "#E69F00", "#7FD8F7", "#009E73", "#F0E442", "#3B82F6", "#D55E00", "#CC79A7", "#FFC8DD",
-    "#88CCEE", "#44AA99", "#999933", "#AA4499", "#882255", "#332288", "#DDCC77", "#117733",
-)  # fmt: skip
-
 _LOSSES = {  # how the parts of a loss are called
     "loss_ce": "cross-entropy", "loss_dice": "Dice loss", "loss_bce": "cross-entropy", "loss_focal": "focal loss",
     "loss_iou": "IoU error", "loss_prompted": "masks by prompts",
 }  # fmt: skip
 _INK, _MUTED, _GRID = "#1b1f24", "#5b6470", "#e3e6ea"  # text, secondary text, grid lines
 _FILL_OPACITY = 0.45
-
-
-def class_colour(label: int) -> tuple[float, float, float]:
-    """The colour of a class, the same in every picture: RGB in 0..1. `label` counts from 1."""
-    code = PALETTE[(label - 1) % len(PALETTE)]
-    return tuple(int(code[i : i + 2], 16) / 255 for i in (1, 3, 5))
 
 
 def table(summaries: Mapping[str, Mapping], class_names: Mapping[int, str], unit: str = "mm") -> str:

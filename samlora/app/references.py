@@ -10,6 +10,9 @@ _MOST_HEADER = 1 << 16  # bytes
 # Wherever they stand: readers differ in what they take for the begin of a line. "= or :": both separate in MetaImage.
 _NRRD_DATA = re.compile(rb"data ?file\s*:=?[ \t]*([^\r\n]*)", re.I)
 _META_DATA = re.compile(rb"ElementDataFile\s*[=:][ \t]*([^\r\n]*)", re.I)
+# What readers take for several files, whether or not one is called so: LIST and what follows, after which lines name
+# the files; a pattern, with the numbers to put into it behind.
+_SEVERAL = re.compile(r"^LIST|%|\s-?\d+\s+-?\d+$", re.I)
 
 
 def check_references(path: Path, root: Path) -> None:
@@ -21,13 +24,22 @@ def check_references(path: Path, root: Path) -> None:
     name = path.name.lower()
     if name.endswith(_HEADERS):
         for found in _data_files(path):
-            target = (path.parent / found).resolve()
-            if not target.is_relative_to(root) or not target.is_file():
+            if _SEVERAL.search(found):
+                raise InputError(f"{path.name}: its voxels are in several files, {found[:80]!r}; give one file")
+            if not _is_file_below(root, path.parent / found):
                 raise InputError(
                     f"{path.name}: its voxels are in {found[:80]!r}, which is not beside it; give one file"
                 )
     elif name.endswith(".h5"):
         _check_h5(path)
+
+
+def _is_file_below(root: Path, path: Path) -> bool:
+    try:
+        target = path.resolve()
+        return target.is_relative_to(root) and target.is_file()
+    except (OSError, ValueError):  # no file can have such a name, be it for a NUL or its length
+        return False
 
 
 def _data_files(path: Path) -> list[str]:

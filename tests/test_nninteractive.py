@@ -462,6 +462,8 @@ def test_what_cannot_be_is_said(client, address):
         (client.set_target_buffer, (np.zeros((2, 2, 2), np.uint8),), "target buffer"),
         (client.set_image, (np.full((1, 2, 8, 8), np.nan, np.float32),), "NaN"),
         (client.set_image, (drawn_ct()[None], {"spacing": [0, 1, 1]}), "spacing"),
+        (client.set_image, (drawn_ct()[None], {"spacing": [1e300, 1e-300, 1]}), "from 1e-06 to 1e+06"),
+        (client.set_image, (drawn_ct()[None], {"spacing": [1, 1e7, 1]}), "from 1e-06 to 1e+06"),
     ):
         status, detail = refusal(call, *arguments)
         assert status == 400 and word in detail and "\n" not in detail
@@ -484,6 +486,19 @@ def test_a_refused_prompt_changes_nothing(client):
     assert client.undo() and not client.target_buffer.any() and not client.undo()
     client.add_point_interaction(list(ORGAN), True)
     assert np.array_equal(client.target_buffer, before)
+
+
+@pytest.mark.parametrize("spacing", [[1e-6, 1, 1e6], [1e6] * 3, [1e-6] * 3])
+def test_an_image_of_any_possible_spacing_is_taken(models, spacing):
+    volume = volume_of(drawn_ct()[None], {"spacing": spacing})
+    assert volume.spacing == pytest.approx(spacing[::-1])
+    assert GrownObject(models, models.entries[0], volume, 20.0).mask.shape == volume.array.shape
+
+
+@pytest.mark.parametrize("spacing", [[np.nan] * 3, [np.inf, 1, 1], [-1, 1, 1], [1, 1], "x", [10**400, 1, 1], [[1, 1, 1]], [1e-7, 1, 1]])
+def test_spacings_that_cannot_be_are_refused(spacing):
+    with pytest.raises(InputError, match="three sizes in mm"):
+        volume_of(drawn_ct()[None], {"spacing": spacing})
 
 
 def test_an_image_lies_as_its_axes_say():

@@ -33,6 +33,7 @@ from samlora.errors import InputError
 _IDLE_SECONDS = 1800.0  # without a prompt; an image is held in memory as long
 _SILENT_SECONDS = 180.0  # without a sign of life; a client sends one at half of it, but not while it waits for a mask
 _MESSAGE_BYTES = 1 << 20  # of a prompt without an array
+_SIZES = (1e-6, 1e6)  # mm between voxels, from electron microscopes to a landscape: products stay finite
 _TO_RAS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
 _Drawn = tuple[bool, Box | None]  # whether a prompt was answered or taken back, and the part that changed
 _log = logging.getLogger("uvicorn.error")
@@ -288,10 +289,11 @@ def volume_of(array: np.ndarray, properties: Any, axes: str = "LPS") -> Volume:
     spacing = properties.get("spacing") if isinstance(properties, dict) else None
     try:
         sizes = np.ones(3) if spacing is None else np.asarray(spacing, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         sizes = np.empty(0)
-    if sizes.shape != (3,) or not (np.isfinite(sizes) & (sizes > 0)).all():
-        raise InputError(f"spacing {str(spacing)[:80]}: three sizes in mm, above 0, are needed")
+    if sizes.shape != (3,) or not ((sizes >= _SIZES[0]) & (sizes <= _SIZES[1])).all():
+        allowed = f"three sizes in mm, from {_SIZES[0]:g} to {_SIZES[1]:g}, are needed"
+        raise InputError(f"spacing {str(spacing)[:80]}: {allowed}; set it in the image")
     affine = np.eye(4)
     affine[:3, :3] = 0
     for axis, code in enumerate(axes):

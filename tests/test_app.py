@@ -387,6 +387,7 @@ def test_export_of_pictures_and_wrong_formats(client, tmp_path):
 
 def test_export_as_dicom_segmentation(models, tmp_path):
     pytest.importorskip("highdicom")
+    import pydicom
     from test_dicom import STACK, write_series
 
     scans = tmp_path / "scans"
@@ -401,6 +402,8 @@ def test_export_as_dicom_segmentation(models, tmp_path):
         (tmp_path / "seg.dcm").write_bytes(client.get("/api/export?format=dicom-seg").content)
         labels = read_volume(tmp_path / "seg.dcm", labels=True)
         assert labels.array.shape == STACK.shape[::-1] and labels.array[4, 3, 2] == 1
+        described = pydicom.dcmread(tmp_path / "seg.dcm").SegmentSequence
+        assert {item.SegmentAlgorithmType for item in described} == {"SEMIAUTOMATIC"}
         several = client.post("/api/open", json={"name": "both"}).json()
         assert len(several["series"]) == 2 and "late" in "".join(several["series"])
         assert client.post("/api/open", json={"name": "both", "series": "2"}).json()["image"]["name"] == "both"

@@ -198,7 +198,9 @@ def _export(session: Session, format: str, folder: Path) -> Path:
         if not image.from_dicom:
             raise InputError(f"{image.name}: is no DICOM series, so no DICOM segmentation can refer to it; use nii.gz")
         path = folder / f"{stem}_labels.dcm"
-        write_dicom_seg(volume, image.source, path, list(names.values()), series=image.series)
+        write_dicom_seg(
+            volume, image.source, path, list(names.values()), series=image.series, algorithm_type="SEMIAUTOMATIC"
+        )
         session.exported(revision)
         return path
     path = folder / f"{stem}_labels.{format}"

@@ -3,6 +3,7 @@
 After the names of github.com/MathieuNlp/Sam_LoRA, so that its users find what they know.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -12,7 +13,11 @@ from torch import Tensor
 
 from samlora.data.dataset import find_slices
 from samlora.data.frame import Frame
-from samlora.data.layouts import find_pairs
+from samlora.data.layouts import Layout, find_pairs
+from samlora.data.parts import drop_small_parts
+from samlora.data.plan import plan
+from samlora.data.plan_looks import SOFT
+from samlora.data.prepare import wanted
 from samlora.data.recipe import Recipe
 from samlora.data.sources import read_image, read_label, resolve_classes
 from samlora.errors import InputError, MissingFileError
@@ -69,14 +74,24 @@ class DatasetSegmentation(torch.utils.data.Dataset):
     """The samples of a folder, one for each class that a slice shows, made by a `Samprocessor`.
 
     source: MedSAM's .npz (`imgs`, `gts`) or slices of `samlora prepare`, or a folder of pictures and masks that
-    `samlora prepare` reads, 2D. Samples are those of the processor, with `name` and `label`, the class, added; what is
-    random about one depends on the seed and its number alone. Raises MissingFileError or InputError for a folder that
-    holds neither.
+    `samlora prepare` reads, 2D; of one with train/ and test/ give train/. recipe: how such pictures and masks are read,
+    a Recipe, a name or a YAML file: as `samlora prepare` does, but at their own size (`keep` and `test_cases` do not
+    matter here). Without one they are read as `samlora plan` would write it, so JPEG masks, and masks of 254 and 255,
+    are one class. `recipe` is then the one that is used, classes included; None for what is prepared already.
+    Samples are those of the processor, with `name` and `label`, the class, added; what is random about one depends on
+    the seed and its number alone. Raises MissingFileError or InputError for a folder that holds neither, label values
+    that may be classes or levels of gray where no recipe says which, and a recipe for what is prepared already.
     """
 
-    def __init__(self, source: str | os.PathLike, processor: Samprocessor, seed: int = 0):
+    def __init__(
+        self,
+        source: str | os.PathLike,
+        processor: Samprocessor,
+        seed: int = 0,
+        recipe: Recipe | str | os.PathLike | None = None,
+    ):
         self.processor, self.seed = processor, seed
-        self._pictures = _pictures(Path(source))
+        self.recipe, self._pictures = _pictures(Path(source), recipe)
         self._objects = [
             (number, int(label))
             for number, (_, read) in enumerate(self._pictures)
@@ -97,23 +112,47 @@ class DatasetSegmentation(torch.utils.data.Dataset):
         return sample | {"name": name, "label": label}
 
 
-def _pictures(source: Path) -> list[tuple]:
-    """Name of every picture, and what reads its image (H, W[, 3]) in 0..1 and its label map (H, W)."""
+def _pictures(source: Path, recipe: Recipe | str | os.PathLike | None) -> tuple[Recipe | None, list[tuple]]:
+    """The recipe that is used; name of every picture, and what reads its image (H, W[, 3]) in 0..1 and its classes."""
     if not source.is_dir():
         raise MissingFileError(f"{source}: there is no such folder")
     if list(source.glob("*.npz")) or (source / "train_npz").is_dir():
-        return [(item.name, item.read) for item in find_slices(source)]
-    layout = find_pairs(source)
-    recipe = resolve_classes(Recipe("pictures", "image", channels="rgb"), layout)
+        if recipe is not None:
+            raise InputError(f"{source}: its slices are prepared, no recipe applies to them; leave recipe out")
+        return None, [(item.name, item.read) for item in find_slices(source)]
+    used, layout = _recipe_for(source, recipe)
 
     def reader(pair):
         def read() -> tuple[np.ndarray, np.ndarray]:
             image = read_image(pair)
-            case = recipe.to_case(image, read_label(pair, image, recipe)[0])
+            case = used.to_case(image, read_label(pair, image, used)[0])
             if len(case.image) > 1:
                 raise InputError(f"{pair.images[0]}: is a volume; prepare volumes with samlora prepare --medsam")
-            return case.image[0], case.label[0]
+            return case.image[0], drop_small_parts(case.label, used.min_voxels, used.min_pixels)[0]
 
         return read
 
-    return [(pair.name, reader(pair)) for pair in layout.pairs]
+    return used, [(pair.name, reader(pair)) for pair in layout.pairs]
+
+
+def _recipe_for(source: Path, recipe: Recipe | str | os.PathLike | None) -> tuple[Recipe, Layout]:
+    """The recipe with its classes, by `samlora plan` if none is given, and the cases that it takes."""
+    if recipe is None:
+        made = plan(source)
+        used, layout = made.recipe, made.layout
+        guessed = "mask_threshold" not in made.choices
+    else:
+        given = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        layout = find_pairs(source)
+        layout = dataclasses.replace(layout, pairs=wanted(layout.pairs, given))
+        used = resolve_classes(given, layout)
+        guessed = not given.classes
+    values = [value for group in used.label_values for value in group]
+    numbers = all(isinstance(value, int) for value in values)
+    if guessed and not layout.classes and len(values) > 1 and numbers and max(values) > SOFT:
+        shown = " ".join(map(str, values[:8])) + (" ..." if len(values) > 8 else "")
+        raise InputError(
+            f"{source}: label values {shown} may be classes, or one object in levels of gray; give recipe=, with "
+            f"classes or with mask_threshold: {SOFT}"
+        )
+    return used, layout

@@ -1,5 +1,6 @@
 """Every system that trains, by its row alone: it learns, trains what it says and no more, and its adapter restores it."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from samlora.data.augment import Transform
 from samlora.data.batch import make_batch
 from samlora.data.dataset import Sample
 from samlora.errors import InputError
+from samlora.files import shipped
 from samlora.inference.config import TestConfig
 from samlora.inference.testing import load_tested
 from samlora.model.baselines import BASELINES
@@ -17,6 +19,7 @@ from samlora.model.build import build_model, load_model
 from samlora.model.checkpoint import load_trained, read_adapter, save_adapter
 from samlora.model.methods import SYSTEMS, trained_names
 from samlora.model.variants import VARIANTS
+from samlora.options import read_yaml
 from samlora.training.config import TrainConfig
 from samlora.training.objectives import make_objective
 from samlora.training.prompting import draw_objects
@@ -25,6 +28,13 @@ TRAINED = [name for name, row in SYSTEMS.items() if row.trains and not row.volum
 LONG = ("attention_unet", "mobile_sam", "samus")  # more than ten seconds
 CPU = torch.device("cpu")
 MOST_STEPS = 150
+
+
+def test_help_and_configs_name_every_system_that_trains():
+    trainable = {name for name, row in SYSTEMS.items() if row.trains}
+    told = TrainConfig.__dataclass_fields__["system"].metadata["help"].split("Without prompts:")[1]
+    assert set(re.findall(r"\w+", told.replace("docs/systems.md", ""))) - {"with", "prompts", "both", "networks"} == trainable
+    assert {read_yaml(path.stem)["system"] for path in shipped("configs").glob("*.yaml")} == trainable
 
 
 def least(system: str):

@@ -37,7 +37,12 @@ class TrainConfig:
     base_lr: float = option(0.005, "highest learning rate")
     img_size: int | None = option(None, "side of the model's input (default 512; vit_ti 256)")
     seed: int = option(1234, "seed of everything random")
-    system: str | None = option(None, "what is adapted: samed, samed_s or samed_h (default samed)")
+    system: str | None = option(
+        None,
+        "what is trained (default samed). Without prompts: samed, samed_s, samed_h, mobile_sam; with prompts: "
+        "sam_lora, medsam, medsam_decoder, sam_prompt, msa, samus; both: samlora_joint; networks: unet, "
+        "attention_unet, segresnet, unetr, swin_unetr, vnet (docs/systems.md)",
+    )
     module: str | None = option(
         None, "SAMed's name for the system: sam_lora_image_encoder or sam_lora_image_encoder_mask_decoder"
     )

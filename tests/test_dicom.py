@@ -341,11 +341,11 @@ def test_names_in_any_script_read_back_exactly(characters, patient, tmp_path):
     tags = dict(PatientName=patient, ReferringPhysicianName=patient, StudyDescription=text)
     nested = dict(ProcedureCodeSequence=[code], ReferringPhysicianIdentificationSequence=[person])
     write_series(tmp_path / "ct", SpecificCharacterSet=characters, **tags, **nested)
-    names, path = ["肝", "печень", "Milz ä", "é" * 70], tmp_path / "seg.dcm"
+    names, path = ["肝", "печень", "Milz ä", "é" * 70, "a\\b"], tmp_path / "seg.dcm"
     write_dicom_seg(labels_of(read_volume(tmp_path / "ct")), tmp_path / "ct", path, names)
     for read in (pydicom.dcmread, highdicom.seg.segread):
         data = read(path)
-        assert [item.SegmentLabel for item in data.SegmentSequence] == [name[:64] for name in names]
+        assert [item.SegmentLabel for item in data.SegmentSequence] == [name.replace("\\", "/")[:64] for name in names]
         assert data.SpecificCharacterSet == "ISO_IR 192"
         assert {key: str(data[key].value) for key in tags} == tags
         assert data.ProcedureCodeSequence[0].CodeMeaning == text

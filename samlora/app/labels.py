@@ -4,8 +4,8 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from samlora.colours import class_colour
 from samlora.errors import InputError
-from samlora.evaluation.report import class_colour
 
 MOST_LABELS = 255  # a label map is uint8
 

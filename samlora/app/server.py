@@ -32,9 +32,9 @@ from samlora.app.models import Models
 from samlora.app.nninteractive import router
 from samlora.app.session import Session
 from samlora.app.sessions import LostSessionError, Sessions, StalePageError, Tab
+from samlora.colours import class_colour
 from samlora.data.recipe import Recipe
 from samlora.data.volume import write_dicom_seg, write_volume
-from samlora.evaluation.report import class_colour
 
 _SCRIPTS = ("core.js", "files.js", "mouse.js", "page.js", "panel.js", "view.js")
 _PAGE = {"": "text/html", "page.css": "text/css"} | dict.fromkeys(_SCRIPTS, "text/javascript")

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from samlora.colours import PALETTE
 from samlora.compare.drawing import Axis, Line, plot
 from samlora.compare.job import Held
 from samlora.compare.pictures import picture
 from samlora.compare.results import PROMPTED_NOTE, READING, Entry, Group, costs, mean_sd, measures
 from samlora.evaluation.measures import Shown
 from samlora.evaluation.plots import Strip, box_plot
-from samlora.evaluation.report import PALETTE
 from samlora.evaluation.tables import named, page_classes, swatch
 from samlora.files import whole
 

@@ -5,9 +5,9 @@ import io
 
 import numpy as np
 
+from samlora.colours import class_colour
 from samlora.compare.job import Held
 from samlora.data.grid import to_show
-from samlora.evaluation.report import class_colour
 
 _SIDE = 210  # pixels of a picture's longer side
 _OPACITY = 0.5

@@ -179,7 +179,7 @@ def _segment(number: int, name: str, way: str, algorithm: str, version: str):
         made_by = highdicom.AlgorithmIdentificationSequence(algorithm[:64], family, version)
     return highdicom.seg.SegmentDescription(
         segment_number=number,
-        segment_label=name[:64],
+        segment_label=name.replace("\\", "/")[:64],  # a backslash would part it into two values
         segmented_property_category=codes.SCT.AnatomicalStructure,
         segmented_property_type=codes.SCT.AnatomicalStructure,
         algorithm_type=way,

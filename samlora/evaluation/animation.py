@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from samlora.evaluation.report import class_colour
+from samlora.colours import class_colour
 from samlora.files import whole
 
 if TYPE_CHECKING:

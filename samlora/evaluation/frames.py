@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from samlora.evaluation.report import class_colour
+from samlora.colours import class_colour
 
 if TYPE_CHECKING:
     from PIL.Image import Image

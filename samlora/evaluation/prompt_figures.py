@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from samlora.colours import class_colour
 from samlora.evaluation.bootstrap import mean_intervals, overall_interval
-from samlora.evaluation.report import class_colour
 from samlora.files import whole
 
 AUTOMATIC, CLICKS, BOX = "automatic", "clicks", "box"

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from samlora.colours import class_colour
 from samlora.evaluation.frames import case_mean
 from samlora.evaluation.measures import Shown, state
-from samlora.evaluation.report import class_colour
 
 Case = Mapping[int, Mapping[str, float]]
 _STATES = {

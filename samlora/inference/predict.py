@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from samlora.colours import class_colour
 from samlora.data.folders import Pair, few
 from samlora.data.grid import Case, Volume, case_to_volume, to_show
 from samlora.data.recipe import Recipe
@@ -21,7 +22,7 @@ from samlora.device import DTYPES, device_name
 from samlora.engine import launch
 from samlora.errors import InputError
 from samlora.evaluation.animation import animation
-from samlora.evaluation.report import class_colour, contact_sheet
+from samlora.evaluation.report import contact_sheet
 from samlora.files import identity, whole
 from samlora.inference.config import PredictConfig
 from samlora.inference.ensemble import Averaged

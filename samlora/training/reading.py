@@ -91,7 +91,7 @@ class BadSamples:
 def read_batches(
     dataset: Slices, batches: Batches, workers: int, bad: BadSamples, num_classes: int
 ) -> Iterator[list[Sample]]:
-    """Lists of samples, read by worker processes in the order of `batches`.
+    """Lists of samples, read by worker processes in the order of `batches`; closing the generator ends these.
 
     Raises InputError for a file that cannot be read or holds other labels than 0..num_classes.
     """
@@ -103,20 +103,27 @@ def read_batches(
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # the loader draws a number at its start; not from the run's random numbers
     )
-    for batch in loader:
-        samples = []
-        for read in batch:
-            for path, problem in read.problems:
-                bad.met(path, problem)
-            if not read.samples:
-                raise InputError(f"{Path(read.problems[0][0]).parent}: no slice in it can be read; prepare it again")
-            for sample in read.samples:
-                if sample.label.max() > num_classes:
+    iterator = iter(loader)
+    try:
+        for batch in iterator:
+            samples = []
+            for read in batch:
+                for path, problem in read.problems:
+                    bad.met(path, problem)
+                if not read.samples:
                     raise InputError(
-                        f"{sample.name}: its labels went beyond 0..{num_classes} during training; prepare it again"
+                        f"{Path(read.problems[0][0]).parent}: no slice in it can be read; prepare it again"
                     )
-            samples += read.samples
-        yield samples
+                for sample in read.samples:
+                    if sample.label.max() > num_classes:
+                        raise InputError(
+                            f"{sample.name}: its labels went beyond 0..{num_classes} during training; prepare it again"
+                        )
+                samples += read.samples
+            yield samples
+    finally:
+        if workers:
+            _end_workers(iterator)
 
 
 def worker_died(error: RuntimeError, workers: int) -> InputError | None:
@@ -132,6 +139,19 @@ def worker_died(error: RuntimeError, workers: int) -> InputError | None:
 
 def _as_list(samples: list[Read]) -> list[Read]:
     return samples  # samples differ in size and are resized on the device
+
+
+def _end_workers(iterator: Iterator) -> None:
+    """Ends the worker processes of a DataLoader's iterator for certain.
+
+    Left to the end of the process they would keep it for ever: Python then asks them by SIGTERM, which they ignore, and
+    waits. PyTorch has no public way; its own one goes first, as it also stops reporting their ends as failures.
+    """
+    try:
+        iterator._shutdown_workers()
+    finally:
+        for worker in iterator._workers:
+            worker.kill()
 
 
 def _ignore_signals(_worker: int) -> None:

@@ -1,6 +1,8 @@
 """The server of the page: only its own page is answered, only what was opened is read; and in a browser it works."""
 
 import contextlib
+import copy
+import dataclasses
 import gzip
 import io
 import json
@@ -10,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from PIL import Image as Picture
 from samlora.cli import main
 from samlora.data.grid import Volume
 from samlora.data.phantom import write_cases
+from samlora.data.recipe import Recipe
 from samlora.data.volume import read_volume, write_volume
 from samlora.errors import InputError, MissingFileError
 
@@ -749,3 +753,322 @@ def test_page_without_a_server_or_an_image_says_so(browser, models):
     page.keyboard.press("Enter")
     expect(page.locator("#status")).to_contain_text("does not answer")
     page.close()
+
+
+# What a person drew is neither lost nor written elsewhere. One server for all; each test opens a page of its own.
+
+
+@pytest.fixture(scope="module")
+def desk(models, tmp_path_factory):
+    """Two CTs and one that cannot be read, and a second model, which cuts along the rows: (address, sessions)."""
+    scans = tmp_path_factory.mktemp("scans")
+    volume = ball(scans / "ball.nii.gz")
+    shutil.copy(scans / "ball.nii.gz", scans / "other.nii.gz")
+    (scans / "broken.nii.gz").write_bytes(b"no image")
+    assert volume.array.shape == (64, 96, 14)
+    two = copy.copy(models)
+    rows = Recipe("rows", "ct", (-160, 240), orientation="LPS", slice_axis=1)
+    two.entries = (models.entries[0], dataclasses.replace(models.entries[0], name="by rows", recipe=rows))
+    sessions = Sessions(two)
+    with served(create_app(two, Library(scans), sessions=sessions)) as address:
+        yield address, sessions
+
+
+# Notes for each frame whether a place of the canvas is orange, as the first label is.
+WATCH = """([u, v]) => {
+  const [canvas, ratio] = [document.getElementById("canvas"), devicePixelRatio];
+  window.seen = [];
+  const look = () => {
+    const [r, , b] = canvas.getContext("2d").getImageData(u * ratio, v * ratio, 1, 1).data;
+    window.seen.push(r - b > 20);
+    requestAnimationFrame(look);
+  };
+  requestAnimationFrame(() => requestAnimationFrame(look));
+}"""
+
+
+class Desk:
+    """A page of `desk` with the first CT on it and the brush in hand, 2 columns wide to each side."""
+
+    def __init__(self, page, address: str, sessions: Sessions):
+        from playwright.sync_api import expect
+
+        self.page, self.expect, self._sessions = page, expect, sessions
+        self.troubles, self.asked = [], []
+        page.on("pageerror", lambda error: self.troubles.append(str(error)))
+        page.on("dialog", self.answer)
+        page.goto(address)
+        self.shows(slice=7)
+        self._box = box = page.locator("#canvas").bounding_box()
+        self._zoom = 0.97 * min(box["width"] / 64, box["height"] / (96 * 0.5))
+        page.evaluate("() => { const r = document.getElementById('radius'); r.value = 2; r.oninput(); }")
+        page.keyboard.press("b")
+
+    def answer(self, dialog) -> None:
+        """Leaves the page, but loses nothing on it."""
+        self.asked.append(dialog.type)
+        dialog.accept() if dialog.type == "beforeunload" else dialog.dismiss()
+
+    @property
+    def session(self):
+        return self._sessions.get(self.page.evaluate("() => sessionStorage.getItem('session')")).session
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """The middle of a pixel of the slice, on the page."""
+        u, v = self.on_canvas(x, y)
+        return self._box["x"] + u, self._box["y"] + v
+
+    def on_canvas(self, x: float, y: float) -> tuple[float, float]:
+        u, v = self._box["width"] / 2, self._box["height"] / 2
+        return u + (x + 0.5 - 32) * self._zoom, v + (y + 0.5 - 48) * self._zoom * 0.5
+
+    def begin(self, y: float) -> None:
+        self.page.mouse.move(*self.at(20, y))
+        self.page.mouse.down()
+        self.page.mouse.move(*self.at(32, y), steps=3)
+
+    def end(self, y: float) -> None:
+        self.page.mouse.move(*self.at(44, y), steps=3)
+        self.page.mouse.up()
+
+    def draw(self, y: float, shown: bool = True) -> None:
+        """A stroke along a row, until it is shown."""
+        revision = self.session.revision
+        self.begin(y)
+        self.end(y)
+        if shown:
+            self.shows(revision=revision + 1)
+
+    def shows(self, **data: int) -> None:
+        wanted = "".join(f"[data-{name}='{value}']" for name, value in data.items())
+        self.expect(self.page.locator(f"#canvas{wanted}")).to_be_visible(timeout=30000)
+
+    def until(self, true: Callable[[], bool]) -> None:
+        for _ in range(300):
+            if true():
+                return
+            self.page.wait_for_timeout(50)
+
+    def says(self, text: str) -> None:
+        self.expect(self.page.locator("#status")).to_contain_text(text)
+
+    def chosen(self, image: str) -> None:
+        self.expect(self.page.locator("#images")).to_have_value(image)
+
+
+@pytest.fixture
+def at_desk(browser, desk):
+    page = browser.new_page(viewport={"width": 1280, "height": 720})
+    opened = Desk(page, *desk)
+    yield opened
+    page.close(run_before_unload=False)
+    assert opened.troubles == []
+
+
+@pytest.mark.browser
+def test_quick_strokes_all_arrive_where_they_began(at_desk, monkeypatch):
+    """The answer to a stroke comes in the midst of the next one, and so do keys and the wheel."""
+    page, session = at_desk.page, at_desk.session
+    rows, answers, brush = [10, 22, 34, 58, 70, 82], threading.Semaphore(0), session.brush
+    monkeypatch.setattr(session, "brush", lambda *stroke: answers.acquire(timeout=30) and brush(*stroke))
+    session.add_label("cyst")
+    session.choose_label(1)
+    revision = session.revision
+    at_desk.draw(rows[0], shown=False)
+    page.evaluate(WATCH, at_desk.on_canvas(32, rows[0]))
+    at_desk.begin(rows[1])
+    answers.release()
+    at_desk.shows(revision=revision + 1, slice=7)
+    for key in ("e", "2"):
+        page.keyboard.press(key)
+    page.mouse.wheel(0, 120)
+    at_desk.end(rows[1])
+    at_desk.expect(page.locator("[data-tool=eraser]")).to_have_attribute("aria-checked", "true")
+    page.keyboard.press("b")
+    for row in rows[2:]:
+        at_desk.draw(row, shown=False)
+    page.wait_for_function("() => window.seen.length > 5")
+    answers.release(len(rows) - 1)
+    at_desk.shows(revision=revision + len(rows), slice=7)
+    assert page.evaluate("() => window.seen.every(Boolean)"), "never gone between"
+    for row, label in zip(rows, (1, 1, 2, 2, 2, 2)):
+        assert (session.labels_on(7)[row, 20:45] == label).all(), "as it was when the stroke began"
+    assert set(np.flatnonzero(session.image.drawn.any(axis=(1, 2)))) == {7}
+    assert set(np.flatnonzero(session.labels_on(7).any(axis=1))) <= {y + d for y in rows for d in range(-4, 5)}
+
+
+@pytest.mark.browser
+def test_clicks_and_boxes_are_of_the_slice_where_they_began(at_desk, monkeypatch):
+    page, session, asked = at_desk.page, at_desk.session, []
+    monkeypatch.setattr(session, "click", lambda *click: asked.append(click))
+    monkeypatch.setattr(session, "draw_box", lambda *box: asked.append(box))
+    page.keyboard.press("c")
+    for end in ((20, 30), (50, 70)):
+        page.mouse.move(*at_desk.at(20, 30))
+        page.mouse.down()
+        page.mouse.wheel(0, 120)
+        page.keyboard.press("ArrowUp")
+        page.mouse.move(*at_desk.at(*end), steps=2)
+        page.mouse.up()
+        at_desk.shows(slice=8)
+        page.keyboard.press("ArrowDown")
+        at_desk.shows(slice=7)
+    with page.expect_request("**/api/labels/0"):
+        page.route("**/api/labels/0", lambda route: None)  # a slice that is long on its way
+        page.keyboard.press("Home")
+    page.mouse.click(*at_desk.at(20, 30))
+    at_desk.expect(page.locator("#number")).to_have_text("8 / 14")
+    at_desk.until(lambda: len(asked) == 3)
+    assert asked[0] == asked[2] == (7, 20, 30, True) and [index for index, *_ in asked] == [7, 7, 7]
+
+
+@pytest.mark.browser
+def test_labels_that_come_late_do_not_cover_newer_ones(at_desk):
+    page, late = at_desk.page, []
+    for key, index in (("Home", 0), ("End", 13)):
+        page.keyboard.press(key)
+        at_desk.shows(slice=index)
+        at_desk.draw(30)
+    page.route("**/api/labels/0", lambda route: late.append(route), times=1)
+    with page.expect_request("**/api/labels/0"):
+        page.keyboard.press("Home")
+    page.keyboard.press("Delete")
+    at_desk.says("cleared on this slice")
+    at_desk.shows(slice=0)
+    late[0].fulfill(body=np.ones((96, 64), np.uint8).tobytes(), content_type="application/octet-stream")
+    page.wait_for_timeout(200)
+    page.evaluate(WATCH, at_desk.on_canvas(32, 30))
+    page.wait_for_function("() => window.seen.length > 2")
+    assert not page.evaluate("() => window.seen.some(Boolean)")
+
+
+@pytest.mark.browser
+def test_undo_goes_where_something_changed_also_in_another_plane(at_desk):
+    page, session = at_desk.page, at_desk.session
+    at_desk.draw(30)
+    page.locator("#models").select_option("1")
+    at_desk.says("by rows is in use")
+    there = np.flatnonzero(session.image.drawn.any(axis=(1, 2)))
+    for key, word in (("Control+z", "undone"), ("Control+y", "done again")):
+        page.keyboard.press("End")
+        at_desk.shows(slice=95)
+        page.keyboard.press(key)
+        at_desk.says(f"{word}: brush")
+        at_desk.shows(slice=there[0])
+    page.locator("#models").select_option("0")
+    at_desk.says("is in use")
+    page.keyboard.press("Home")
+    page.keyboard.press("Control+z")
+    at_desk.shows(slice=7)
+
+
+@pytest.mark.browser
+def test_strokes_for_other_slices_are_not_drawn(at_desk, monkeypatch):
+    """Those of before the model cut the volume anew: one that was asked for by then, and one that was begun."""
+    page, session, go_on = at_desk.page, at_desk.session, threading.Semaphore(0)
+    choose = session.choose_model
+    monkeypatch.setattr(session, "choose_model", lambda number: go_on.acquire(timeout=30) and choose(number))
+    page.locator("#models").select_option("1")
+    at_desk.draw(30, shown=False)
+    go_on.release()
+    at_desk.says("another image or model came first")
+    page.locator("#models").select_option("0")
+    at_desk.begin(30)
+    go_on.release()
+    at_desk.says("is in use")
+    at_desk.end(30)
+    page.wait_for_timeout(100)
+    assert session.state()["undo"] is None and not session.image.labels.any()
+
+
+@pytest.mark.browser
+def test_labels_that_were_not_exported_are_asked_for(at_desk):
+    """Also after a reload, which keeps the session; and what could not be opened is not named as if it were."""
+    page, session = at_desk.page, at_desk.session
+    at_desk.draw(30)
+    page.reload()
+    assert at_desk.asked == ["beforeunload"]
+    at_desk.shows(slice=7)
+    assert at_desk.session is session and session.labels_on(7).any()
+    page.locator("#images").select_option("other")
+    assert at_desk.asked == ["beforeunload", "confirm"]
+    at_desk.chosen("ball")
+    page.keyboard.press("s")
+    with page.expect_download():
+        page.locator("#formats button").first.click()
+    at_desk.says("saved as ball_labels.nii.gz")
+    page.locator("#images").select_option("broken")
+    at_desk.says("broken.nii.gz")
+    at_desk.chosen("ball")
+    page.route("**/api/open", lambda route: route.fulfill(json={"series": ["one", "two"]}))
+    page.locator("#images").select_option("other")
+    page.locator("#choosing form button").click()
+    at_desk.chosen("ball")
+    page.unroute("**/api/open")
+    page.locator("#images").select_option("other")
+    at_desk.says("other is open")
+    at_desk.chosen("other")
+    assert len(at_desk.asked) == 2 and session.image.name == "other"
+
+
+@pytest.mark.browser
+def test_what_is_drawn_while_files_come_is_asked_for(at_desk, tmp_path):
+    page, session, coming = at_desk.page, at_desk.session, []
+    ball(tmp_path / "third.nii.gz")
+    page.route("**/api/upload/third*", lambda route: coming.append(route))
+    with page.expect_request("**/api/upload/third*"):
+        page.set_input_files("#files", tmp_path / "third.nii.gz")
+    at_desk.draw(30)
+    with page.expect_event("dialog"):
+        coming[0].continue_()
+    at_desk.chosen("ball")
+    assert session.image.name == "ball" and session.labels_on(7).any()
+
+
+@pytest.mark.browser
+def test_a_duplicated_tab_has_a_session_of_its_own(at_desk):
+    page, session = at_desk.page, at_desk.session
+    at_desk.draw(30)
+    own = "() => sessionStorage.getItem('session')"
+    with page.expect_popup() as other:
+        page.evaluate("() => { window.open(location.href); }")
+    at_desk.expect(other.value.locator("#canvas[data-slice='7']")).to_be_visible(timeout=30000)
+    assert other.value.evaluate(own) != page.evaluate(own)
+    assert at_desk.session is session and session.labels_on(7).any()
+    before = other.value.evaluate(own)
+    other.value.reload()
+    at_desk.expect(other.value.locator("#canvas[data-slice='7']")).to_be_visible(timeout=30000)
+    assert other.value.evaluate(own) == before, "a reload keeps it"
+    # One that could not answer, as it was frozen, has the same session: it opens another image.
+    status = page.evaluate(
+        """async () => (await fetch("/api/open", {
+          method: "POST",
+          headers: { "X-Session": sessionStorage.getItem("session"), "Content-Type": "application/json" },
+          body: JSON.stringify({ name: "other", series: null }),
+        })).status"""
+    )
+    assert status == 200 and session.image.name == "other"
+    page.bring_to_front()
+    at_desk.draw(50, shown=False)
+    at_desk.says("another image was opened from another tab")
+    assert not session.image.labels.any()
+
+
+@pytest.mark.browser
+def test_a_new_label_is_seen_in_a_long_list(at_desk):
+    page, session = at_desk.page, at_desk.session
+    for number in range(2, 21):
+        session.add_label(f"label {number}")
+    page.keyboard.press("1")
+    at_desk.expect(page.locator("#labels li")).to_have_count(20)
+    page.keyboard.press("l")
+    page.locator("#naming-name").fill("cyst")
+    page.keyboard.press("Enter")
+    active = page.locator("#labels li[aria-selected=true]")
+    at_desk.expect(active).to_contain_text("cyst")
+    edges = "(e) => { const { top, bottom } = e.getBoundingClientRect(); return [top, bottom]; }"
+    (top, bottom), (highest, lowest) = active.evaluate(edges), page.locator("#labels").evaluate(edges)
+    assert highest <= top < bottom <= lowest
+    page.locator("#labels").evaluate("(list) => { list.scrollTop = 40; }")
+    at_desk.draw(30)
+    assert page.locator("#labels").evaluate("(list) => list.scrollTop") == 40, "a person scrolled it there"

@@ -11,7 +11,7 @@ export const now = {
   state: null, // the session
   index: 0, // the slice
   tool: "prompt",
-  exported: 0, // revision that was exported last
+  held: null, // what the pressed mouse button does on the slice, which stays as long
   colours: new Map(), // of the labels, by value
   epoch: 0, // counts images and the ways they are cut
 };
@@ -29,6 +29,9 @@ export class Failure extends Error {}
 
 export async function ask(method, path, body, kind = "json") {
   const headers = { "X-Session": sessionStorage.getItem("session") || "none" };
+  // What is changed or exported is of the image that is seen, even if another page used this session meanwhile.
+  if ((method === "POST" || kind === "blob") && now.state && now.state.image)
+    headers["X-Image"] = now.state.image.number;
   const raw = body instanceof Blob;
   if (body !== undefined && !raw) headers["Content-Type"] = "application/json";
   let answer;
@@ -55,15 +58,26 @@ export function say(text, bad = false) {
   $("status").classList.toggle("bad", bad);
 }
 
+// The image and the way it is cut: what the numbers of slices, rows and columns are counted in.
+const cut = (state) => JSON.stringify(state && state.image);
+
 // Actions go one after the other, in the order in which they were asked for.
 let queue = Promise.resolve();
 let waiting = 0;
 
+function inTurn(work) {
+  queue = queued().then(work); // what failed was told and stops nothing
+  return queue;
+}
+
 export function act(what, path, body, done) {
   waiting += 1;
   const shown = setTimeout(() => working(`${what}…`), 150);
-  queue = queue.then(async () => {
+  const seen = cut(now.state);
+  return inTurn(async () => {
     try {
+      if (body && "index" in body && seen !== cut(now.state))
+        throw new Failure("another image or model came first: nothing was drawn");
       const answer = await ask("POST", path, body);
       if (answer.image !== undefined) await take(answer);
       say(typeof done === "function" ? done(answer) : done || "");
@@ -77,11 +91,13 @@ export function act(what, path, body, done) {
       if (!waiting && !jobRunning()) working(null);
     }
   });
-  return queue;
 }
 
+// The state anew, where something else than an action has changed it.
+export const refresh = () => inTurn(async () => take(await ask("GET", "/api/state")));
+
 // Settled when all actions asked for so far are done.
-export const queued = () => queue;
+export const queued = () => queue.catch(() => {});
 
 export const jobRunning = () => Boolean(now.state && now.state.job && now.state.job.running);
 
@@ -100,6 +116,10 @@ export async function take(next) {
   const before = now.state;
   now.state = next;
   const shape = (one) => JSON.stringify([one.image, one.model]);
+  if (cut(before) !== cut(next)) {
+    now.held = view.drag = null; // it was meant for the slice before
+    view.traces = [];
+  }
   if (now.state.image && (!before || shape(before) !== shape(now.state))) {
     const same = before && before.image && before.image.number === now.state.image.number;
     now.epoch += 1;
@@ -111,7 +131,6 @@ export async function take(next) {
       now.index = Math.floor(now.state.image.shape[0] / 2);
       setWindow(...now.state.image.window);
       view.fit();
-      now.exported = now.state.revision;
     }
     now.index = Math.min(now.index, now.state.image.shape[0] - 1);
   }
@@ -178,15 +197,16 @@ async function labelsOf(at) {
 
 export async function show() {
   if (!now.state || !now.state.image) return;
-  const [at, when] = [now.index, now.epoch];
+  const [at, when, revision] = [now.index, now.epoch, drawnRevision];
   $("slice").value = at;
   $("number").textContent = `${at + 1} / ${now.state.image.shape[0]}`;
   try {
     const [values, labels] = await Promise.all([valuesOf(at), labelsOf(at)]);
-    if (at !== now.index || when !== now.epoch) return;
+    // Another slice was chosen meanwhile, or newer labels came: they are shown by another call.
+    if (at !== now.index || when !== now.epoch || revision !== drawnRevision) return;
     const here = now.state.prompts && now.state.prompts.index === at ? now.state.prompts : null;
     view.marks = here;
-    view.show(values, labels, now.colours);
+    view.show(at, values, labels, now.colours);
     $("canvas").dataset.slice = at; // what is really shown by now
     $("canvas").dataset.revision = now.state.revision;
     settle(at);
@@ -230,7 +250,7 @@ function settle(at) {
 export const markEncoded = (at) => encoded.add(at);
 
 export function go(to) {
-  if (!now.state || !now.state.image) return;
+  if (!now.state || !now.state.image || now.held) return;
   const next = Math.max(0, Math.min(now.state.image.shape[0] - 1, to));
   if (next === now.index) return;
   now.index = next;

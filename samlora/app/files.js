@@ -1,6 +1,6 @@
 "use strict";
 // Files come and go: opening, handing in, exporting; and the dialogs.
-import { $, act, ask, Failure, jobRunning, now, queued, say, working } from "./core.js";
+import { $, act, ask, Failure, jobRunning, now, queued, refresh, say, view, working } from "./core.js";
 import { element } from "./panel.js";
 
 const FORMATS = [
@@ -58,6 +58,7 @@ export function offerFormats() {
 async function save(format) {
   working("writing…");
   try {
+    await queued(); // with the strokes that are seen
     const answer = await ask("GET", `/api/export?format=${format}`, undefined, "blob");
     const named = /filename\*?=(?:utf-8'')?"?([^"]+)"?/i.exec(answer.headers.get("Content-Disposition"));
     const link = element("a", "", {
@@ -66,7 +67,7 @@ async function save(format) {
     });
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-    if (format !== "names") now.exported = now.state.revision;
+    await refresh(); // by now the labels are not unsaved
     say(`saved as ${link.download}`);
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
@@ -76,31 +77,35 @@ async function save(format) {
   }
 }
 
-export const unsaved = () =>
-  Boolean(
-    now.state &&
-    now.state.image &&
-    now.state.revision !== now.exported &&
-    now.state.labels.some((label) => label.voxels),
-  );
+export const unsaved = () => Boolean(now.state && (now.state.unsaved || view.traces.length));
 export const sure = () => !unsaved() || confirm("The labels were not exported. Open another image and lose them?");
 
 function opened(answer) {
   return answer.series ? "several series: choose one" : `${answer.image.name} is open`;
 }
 
+let listed = ""; // the image that is open, as the list names it; "" for none of the list
+
+// The list names what is open, also after another image could not be opened.
+export function list(name = listed) {
+  listed = name;
+  $("images").value = name;
+}
+
 export function openListed(image, series = null) {
   say("");
+  $("images").value = image;
   return act(`reading ${image}`, "/api/open", { name: image, series }, (answer) => {
     if (answer.series) chooseSeries(answer.series, (number) => openListed(image, number));
+    else listed = image;
     return opened(answer);
-  });
+  }).finally(list);
 }
 
 function openUploaded(series = null) {
   return act("reading", "/api/upload/open", { series }, (answer) => {
     if (answer.series) chooseSeries(answer.series, openUploaded);
-    else $("images").value = "";
+    else list("");
     return opened(answer);
   });
 }
@@ -112,6 +117,7 @@ export async function upload(files) {
     const [is, most] = [size, now.about.max_upload].map((bytes) => Math.round(bytes / 2 ** 20));
     return say(`${is} MB, and ${most} can be handed in: open it with samlora app FILE, or --max_upload_mb`, true);
   }
+  const { revision } = now.state;
   try {
     await queued();
     await ask("POST", "/api/upload");
@@ -120,7 +126,8 @@ export async function upload(files) {
       $("cancel").hidden = true;
       await ask("PUT", `/api/upload/${encodeURIComponent(file.name)}`, file);
     }
-    await openUploaded();
+    if (now.state.revision === revision || sure()) await openUploaded();
+    else working(null);
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
     say(error.message, true);

@@ -7,7 +7,19 @@ export const keys = { space: false }; // held down
 
 // --- mouse -----------------------------------------------------------------------------------------------
 
-let held = null; // what the pressed button does
+const later = []; // what keys asked for while the button was pressed
+
+// Done once the button is up: neither the slice nor the label changes in the midst of a stroke.
+export function unheld(what) {
+  if (now.held) later.push(what);
+  else what();
+}
+
+function ended() {
+  now.held = view.drag = null;
+  view.draw();
+  for (const what of later.splice(0)) what();
+}
 
 function placeOf(event) {
   const box = $("canvas").getBoundingClientRect();
@@ -15,22 +27,26 @@ function placeOf(event) {
 }
 
 export function press(event) {
-  if (!now.state || !now.state.image || held) return;
+  if (!now.state || !now.state.image || view.at === null || now.held) return;
   $("canvas").focus();
   $("canvas").setPointerCapture(event.pointerId);
+  go(view.at); // what is seen is meant: a slice that is still on its way does not come
   const [u, v] = placeOf(event);
   const [x, y] = view.toSlice(u, v);
-  held = { u, v, x, y, moved: false, window: view.window, button: event.button };
+  const held = { at: view.at, u, v, x, y, moved: false, window: view.window };
   if (event.button === 1 || keys.space) held.does = "move";
   else if (event.button === 2) held.does = "window";
   else if (now.tool === "prompt") held.does = "prompt";
   else if (!jobRunning()) {
     held.does = "stroke";
-    const colour = now.tool === "eraser" ? "#000000" : now.colours.get(now.state.active);
-    view.trace = { path: [[x - 0.5, y - 0.5]], radius: Number($("radius").value), colour };
+    held.erase = now.tool === "eraser";
+    const colour = held.erase ? "#000000" : now.colours.get(now.state.active);
+    held.trace = { at: held.at, path: [[x - 0.5, y - 0.5]], radius: Number($("radius").value), colour };
+    view.traces.push(held.trace);
     view.draw();
   }
   held.negative = event.button === 2 || event.shiftKey || event.ctrlKey;
+  now.held = held;
   event.preventDefault();
 }
 
@@ -45,11 +61,12 @@ export function hover(event) {
     view.cursor = { x, y, radius: Number($("radius").value) };
     view.draw();
   }
+  const { held } = now;
   if (!held) return;
   held.moved ||= Math.hypot(u - held.u, v - held.v) > 4;
   if (held.does === "move") {
-    view.move(u - (held.at || held).u, v - (held.at || held).v);
-    held.at = { u, v };
+    view.move(u - (held.last || held).u, v - (held.last || held).v);
+    held.last = { u, v };
   } else if (held.does === "window" && held.moved) {
     const [low, high] = held.window;
     const scale = Math.max(high - low, (now.state.image.limits[1] - now.state.image.limits[0]) / 100) / 300;
@@ -60,29 +77,26 @@ export function hover(event) {
     view.drag = [held.x, held.y, x, y];
     view.draw();
   } else if (held.does === "stroke") {
-    view.trace.path.push([x - 0.5, y - 0.5]);
+    held.trace.path.push([x - 0.5, y - 0.5]);
     view.draw();
   }
 }
 
 export function release(event) {
-  if (!held) return;
-  const { does, moved, negative, x, y } = held;
-  held = null;
-  if (does === "prompt" || (does === "window" && !moved && now.tool === "prompt")) {
-    if (view.drag) box(view.drag);
-    else if (!moved) point(Math.floor(x), Math.floor(y), !negative);
-    view.drag = null;
-    view.draw();
-  } else if (does === "stroke") {
-    const { path, radius } = view.trace;
-    const erase = now.tool === "eraser";
-    act(erase ? "erasing" : "painting", "/api/brush", { index: now.index, path, radius, erase }).then(() => {
-      view.trace = null;
-      view.draw();
-    });
+  const { held } = now;
+  if (held) {
+    const { at, does, moved, negative, x, y, erase, trace } = held;
+    if (does === "prompt" || (does === "window" && !moved && now.tool === "prompt")) {
+      if (view.drag) box(at, view.drag);
+      else if (!moved) point(at, Math.floor(x), Math.floor(y), !negative);
+    } else if (does === "stroke") {
+      const { path, radius } = trace;
+      const stroke = { index: at, path, radius, erase };
+      act(erase ? "erasing" : "painting", "/api/brush", stroke).finally(() => view.forget(trace));
+    }
+    event.preventDefault();
   }
-  event.preventDefault();
+  ended();
 }
 
 const scored = (answer) => {
@@ -90,21 +104,19 @@ const scored = (answer) => {
   return score === null || score === undefined ? "" : `the model expects an overlap (IoU) of ${score.toFixed(2)}`;
 };
 
-function point(x, y, positive) {
+function point(at, x, y, positive) {
   const [, height, width] = now.state.image.shape;
   if (x < 0 || y < 0 || x >= width || y >= height) return;
-  const here =
-    now.state.prompts && now.state.prompts.index === now.index ? now.state.prompts : { points: [], box: null };
+  const here = view.marks || { points: [], box: null };
   if (positive || here.points.length || here.box) view.marks = { ...here, points: [...here.points, [x, y, positive]] };
   view.draw(); // the point is seen before the answer comes
-  const at = now.index;
   act("asking the model", "/api/click", { index: at, x, y, positive }, scored).then(() => {
     markEncoded(at);
     show();
   });
 }
 
-function box([x0, y0, x1, y1]) {
+function box(at, [x0, y0, x1, y1]) {
   const [, height, width] = now.state.image.shape;
   const clip = (value, most) => Math.max(0, Math.min(most, Math.round(value)));
   const corners = [
@@ -113,7 +125,6 @@ function box([x0, y0, x1, y1]) {
     clip(Math.max(x0, x1), width) - 1,
     clip(Math.max(y0, y1), height) - 1,
   ];
-  const at = now.index;
   view.marks = { points: [], box: corners };
   act("asking the model", "/api/box", { index: at, box: corners }, scored).then(() => {
     markEncoded(at);
@@ -135,8 +146,8 @@ let turned = 0;
 
 // The pointer is taken away: nothing of what it began is done.
 export function drop() {
-  held = view.drag = view.trace = null;
-  view.draw();
+  if (now.held && now.held.trace) view.forget(now.held.trace);
+  ended();
 }
 
 export function leave() {

@@ -1,8 +1,8 @@
 "use strict";
 // Begins; keys and buttons, each bound to what it does.
 import { $, act, ask, go, jobRunning, now, say, take, view } from "./core.js";
-import { name, offerFormats, openListed, sure, unsaved, upload } from "./files.js";
-import { drop, hover, keys, leave, press, release, wheel } from "./mouse.js";
+import { list, name, offerFormats, openListed, sure, unsaved, upload } from "./files.js";
+import { drop, hover, keys, leave, press, release, unheld, wheel } from "./mouse.js";
 import { choose, element, rename, render, setWindow } from "./panel.js";
 
 // --- keys ------------------------------------------------------------------------------------------------
@@ -49,12 +49,13 @@ const KEYS = {
 function key(event) {
   const typing = event.target.matches("input:not([type=range]):not([type=checkbox]), select, textarea");
   if (typing || document.querySelector("dialog[open]") || !now.state) return;
+  if (event.repeat && now.held) return;
   if (event.ctrlKey || event.metaKey) {
     const letter = event.key.toLowerCase();
     const which = letter === "z" && !event.shiftKey ? "undo" : letter === "y" || letter === "z" ? "redo" : null;
     if (!which) return;
     event.preventDefault();
-    return pressed(which);
+    return unheld(() => pressed(which));
   }
   if (event.key === " ") {
     keys.space = true;
@@ -62,10 +63,10 @@ function key(event) {
   }
   const on = event.target.matches("button") && ["Enter", " "].includes(event.key);
   const number = /^[1-9]$/.test(event.key) ? now.state.labels[Number(event.key) - 1] : null;
-  if (number) act("label", `/api/labels/${number.value}`, { name: null }, number.name);
+  if (number) unheld(() => act("label", `/api/labels/${number.value}`, { name: null }, number.name));
   else if (KEYS[event.key] && !on && !event.altKey) {
     event.preventDefault();
-    KEYS[event.key]();
+    unheld(KEYS[event.key]);
   }
 }
 
@@ -110,7 +111,7 @@ function wire() {
   };
   $("images").onchange = () => {
     if (sure()) openListed($("images").value);
-    else $("images").value = now.state.image ? now.state.image.name : "";
+    else list();
     $("images").blur();
   };
   $("models").onchange = () => {
@@ -175,10 +176,31 @@ function wire() {
     range.addEventListener("change", () => range.blur());
 }
 
+// A duplicated tab begins with a copy of sessionStorage, and so with the session of another page. Pages tell each other
+// which one they use; of two with the same the one of the lower rank keeps it, and that is 0 once a page has begun.
+const pages = new BroadcastChannel("samlora");
+const own = () => sessionStorage.getItem("session");
+let rank = Math.random();
+let taken = false;
+const claim = () => pages.postMessage({ session: own(), rank });
+pages.onmessage = ({ data }) => {
+  if (data.session !== own()) return;
+  if (rank < data.rank) claim();
+  else taken ||= data.rank < rank;
+};
+
+async function free() {
+  if (!own()) return false;
+  claim();
+  await new Promise((done) => setTimeout(done, 150));
+  return !taken;
+}
+
 async function begin() {
   try {
     const anew = async () => sessionStorage.setItem("session", (await ask("POST", "/api/session")).session);
-    if (!sessionStorage.getItem("session")) await anew();
+    if (!(await free())) await anew();
+    rank = 0;
     now.about = await ask("GET", "/api/about").catch(async (error) => {
       if (error.status !== 410) throw error;
       await anew();
@@ -201,10 +223,9 @@ async function begin() {
   await take(await ask("GET", "/api/state"));
   if (!now.about.models[now.state.model].promptable) now.tool = "brush";
   if (now.state.image) {
-    $("images").value = now.about.images.includes(now.state.image.name) ? now.state.image.name : "";
+    list(now.about.images.includes(now.state.image.name) ? now.state.image.name : "");
     say(`${now.state.image.name} is open`);
   } else if (now.about.images.length) {
-    $("images").value = now.about.images[0];
     await openListed(now.about.images[0]);
   } else say("open an image to begin");
   render();

@@ -34,6 +34,8 @@ function volumeOf(label) {
   return `${millilitres < 10 ? millilitres.toFixed(2) : millilitres.toFixed(0)} ml`;
 }
 
+let scrolledTo = null; // the active label: the list stays where a person scrolled it until there is another one
+
 export function render() {
   const { image } = now.state;
   const model = now.about.models[now.state.model];
@@ -71,6 +73,10 @@ export function render() {
       return item;
     }),
   );
+  if (scrolledTo !== now.state.active) {
+    scrolledTo = now.state.active;
+    $("labels").querySelector("[aria-selected=true]").scrollIntoView({ block: "nearest" });
+  }
   $("keep").checked = now.state.keep;
 
   for (const id of ["undo", "redo"]) {
@@ -143,7 +149,7 @@ export function setWindow(low, high) {
 export function choose(next) {
   if (!now.state || (next === "prompt" && !now.about.models[now.state.model].promptable)) return;
   now.tool = next;
-  view.cursor = view.trace = null;
+  view.cursor = null;
   view.draw();
   render();
   const told = {

@@ -11,12 +11,13 @@ export class View {
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
     this.image = null;
+    this.at = null; // the slice that is shown
     this.window = [0, 1];
     this.opacity = 0.35;
     this.hidden = false;
     this.marks = null; // {points: [[x, y, positive]], box}
     this.drag = null; // box being drawn, [x0, y0, x1, y1] in pixels of the slice
-    this.trace = null; // {path, radius, colour} of a stroke being drawn
+    this.traces = []; // {at, path, radius, colour} of each stroke that is drawn or awaits its answer; at: its slice
     this.cursor = null; // {x, y, radius} of the brush
     new ResizeObserver(() => this.resize()).observe(canvas);
   }
@@ -27,14 +28,15 @@ export class View {
     const [, height, width] = image.shape;
     this.base = sheet(width, height);
     this.overlay = sheet(width, height);
-    this.values = this.labels = null;
+    this.at = this.values = this.labels = null;
     this.outlines = new Map();
     if (!same) this.fit();
   }
 
   // --- what is shown
 
-  show(values, labels, colours) {
+  show(at, values, labels, colours) {
+    this.at = at;
     if (values !== this.values) {
       this.values = values;
       this.develop();
@@ -178,6 +180,12 @@ export class View {
 
   // --- drawing
 
+  // The stroke is among the labels by now, or nothing came of it.
+  forget(trace) {
+    this.traces = this.traces.filter((one) => one !== trace);
+    this.draw();
+  }
+
   draw() {
     if (this.asked) return;
     this.asked = requestAnimationFrame(() => {
@@ -214,7 +222,7 @@ export class View {
       }
     }
     c.setTransform(ratio, 0, 0, ratio, 0, 0);
-    if (this.trace) this.paintTrace();
+    for (const trace of this.traces) if (trace.at === this.at) this.paintTrace(trace);
     if (this.marks) this.paintMarks();
     if (this.drag) this.paintBox(this.drag, [5, 4]);
     if (this.cursor) {
@@ -227,8 +235,8 @@ export class View {
     }
   }
 
-  paintTrace() {
-    const { context: c, trace } = this;
+  paintTrace(trace) {
+    const c = this.context;
     c.strokeStyle = c.fillStyle = trace.colour;
     c.globalAlpha = 0.6;
     c.lineCap = c.lineJoin = "round";

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,24 +19,24 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
 
     If the block raises, `path` keeps its former content and the temporary file is gone. The temporary
     name ends like `path`, so that writers which look at the ending (NIfTI, PNG) do the right thing.
-    Raises InputError, naming `path`, where the place is to blame: a full or read-only disk, no permission.
+    Raises InputError, naming `path`, where the place is to blame: a full or read-only disk, no permission, a folder
+    that was moved or removed meanwhile.
     """
     path = Path(path)
+    temporary = path.parent / f".part-{secrets.token_hex(4)}-{path.name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".part-", suffix="-" + path.name, dir=path.parent)
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except OSError as error:
         raise InputError(f"{path}: cannot write there ({error.strerror}); choose another folder") from None
+    # The permissions any new file gets. Asking for the umask would set it, for all threads, for a moment.
+    mode = os.fstat(handle).st_mode & 0o777
     os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        # mkstemp makes files private to the user; the result gets the permissions any new file gets.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(mode)  # safetensors puts a file of its own there, private to the user
         temporary.replace(path)
     except InputError:
         raise
@@ -44,14 +44,13 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         reason = _refusal(error, temporary)
         if reason is None:
             raise
-        advice = "free some space or choose another place"
-        raise InputError(f"{path}: cannot be written ({reason}); {advice}") from None
+        raise InputError(f"{path}: cannot be written {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _refusal(error: Exception, temporary: Path) -> str | None:
-    """Why the place does not take the file, in the system's words; None where the place is not to blame.
+    """Why the place does not take the file, and what to do; None where the place is not to blame.
 
     torch, safetensors and ITK raise errors of their own on a full disk. safetensors quotes the system's; for the
     others the place is asked to take a little more.
@@ -68,7 +67,11 @@ def _refusal(error: Exception, temporary: Path) -> str | None:
                 os.fsync(file.fileno())
         except OSError as refusal:
             number = refusal.errno
-    return os.strerror(number) if number in _PLACE else None
+    if number in _PLACE:
+        return f"({os.strerror(number)}); free some space or choose another place"
+    if number == errno.ENOENT and not temporary.exists():  # else another file is missing, which is none of ours
+        return f"({os.strerror(number)}); its folder was moved or removed: put it back or choose another place"
+    return None
 
 
 def identity(path: Path) -> list:

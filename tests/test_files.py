@@ -61,8 +61,36 @@ def test_there_is_room_again(name, tmp_path):
     assert (tmp_path / name).stat().st_size > 2**14
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_folder_that_moves_away_meanwhile_is_named(name, tmp_path, monkeypatch):
+    path, close = tmp_path / "run" / name, os.close
+
+    def close_and_move(handle):  # `whole` closes its file, and then whoever called it begins to write
+        close(handle)
+        if path.parent.exists():
+            path.parent.rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr("samlora.files.os.close", close_and_move)
+    with pytest.raises(InputError, match="moved or removed") as caught:
+        WRITERS[name](path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_permissions_are_those_of_any_new_file_and_nobodys_mask_is_touched(tmp_path):
+    paths = {umask: tmp_path / f"{umask:o}.safetensors" for umask in (0o022, 0o077)}
+    for umask, path in paths.items():
+        before = os.umask(umask)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, "umask", None)
+                write_tensors(path, {"noise": torch.zeros(3)})
+        finally:
+            os.umask(before)
+    assert {umask: path.stat().st_mode & 0o777 for umask, path in paths.items()} == {0o022: 0o644, 0o077: 0o600}
+
+
 def test_what_is_not_the_places_fault_stays_what_it_is(tmp_path):
-    for error in (RuntimeError("not of the place"), OSError(errno.EIO, os.strerror(errno.EIO)), KeyError("a")):
+    for error in (RuntimeError("not of the place"), OSError(errno.EIO, os.strerror(errno.EIO)), KeyError("a"), FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "another")):
         with pytest.raises(type(error)), whole(tmp_path / "x.txt"):
             raise error
     assert not list(tmp_path.iterdir())

@@ -2,8 +2,8 @@
 
 `samlora compare` on two sets: ultrasound of nerves and vessels (two folds of 49 pictures, of unknown patients), and CT,
 where each of two patients is held out once. `vit_ti` on the demo base, which is small and has seen drawn shapes only;
-U-Nets from random weights; one learning rate, 1e-3, for all. Systems with prompts get theirs from the reference and
-stand in a table of their own.
+U-Nets from random weights; one learning rate, 1e-3, for all. Systems with prompts get theirs from the reference, each
+the kind it trains with, and only those with equal prompts share a table.
 
     python benchmarks/family.py --data FOLDER [--sets ultrasound ct] [--seconds 120]      (forty minutes)
 

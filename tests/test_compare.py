@@ -19,7 +19,7 @@ from samlora.compare.compare import compare
 from samlora.compare.config import CompareConfig
 from samlora.compare.drawing import Axis, Line, plot
 from samlora.compare.folds import make_folds
-from samlora.compare.job import Job, read_held
+from samlora.compare.job import Job, prompts_told, read_held
 from samlora.compare.results import Entry, Run, grouped
 from samlora.compare.running import run_all
 from samlora.compare.variants import find_variants
@@ -29,6 +29,7 @@ from samlora.data.prepare import prepare
 from samlora.data.volume import write_volume
 from samlora.errors import InputError
 from samlora.evaluation.statistics import holm, paired, smallest_p, too_few
+from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.loop import train
 
@@ -115,8 +116,51 @@ def test_automatic_and_prompted_systems_stand_apart_and_are_marked(finished):
         page.count(f'title="{name}">{name}</span><span class="mark">prompted</span>') for name in ("asked", "mine")
     )
     assert asked >= 3 and mine == 0
-    assert "asked (prompted)" in page and "val_cases of the YAML left out" in text
+    assert "asked (prompted: box)" in page and "val_cases of the YAML left out" in text
     assert "http" not in page.replace("http-equiv", "") and "<script" not in page
+
+
+def test_systems_are_ranked_and_tested_only_with_those_that_got_equal_prompts(finished):
+    config, groups = finished
+    assert [group.prompts for group in groups] == ["", "box"]
+    out = module.Path(config.output)
+    assert "(box)" in (out / "comparison.md").read_text() and "| Prompts |" in (out / "comparison.md").read_text()
+    page = (out / "report.html").read_text()
+    assert '<th scope="col">Prompts</th>' in page and "<td>box</td>" in page
+    assert {(row["system"], row["prompts"]) for row in rows_of(out / "summary.csv")} == {("mine", ""), ("asked", "box")}
+    stored = json.loads((groups[1].entries[0].runs[0].job.folder / "result.json").read_text())
+    assert (
+        stored["ways"]["prompted"]["prompts"] == "box" and "prompts" not in groups[0].entries[0].runs[0].result["ways"]
+    )
+    boxes, points = "box", prompts_told(Prompting("pt"))
+    asked = [drawn("a", [0.9] * 12, boxes), drawn("b", [0.1] * 12, points), drawn("c", [0.8] * 12, boxes)]
+    found = grouped(asked, str)
+    assert [[entry.name for entry in group.entries] for group in found] == [["b"], ["a", "c"]]
+    assert [set(group.tests) for group in found] == [set(), {"c"}] and points in found[0].title
+    assert any("given different ones" in note for note in module._remarks(found))
+
+
+def test_equal_words_are_equal_prompts():
+    told = [
+        Prompting(), Prompting("pt"), Prompting("pt", sample_num=2), Prompting("pt", negative_num=1), Prompting("any"),
+        Prompting("pt_box"), Prompting("full_box"), Prompting("pt", point_strategy="centre"), Prompting(parts=True),
+    ]  # fmt: skip
+    assert len(set(map(prompts_told, told))) == len(told)
+    assert prompts_told(Prompting("box", box_jitter=20, max_objects=4, sample_num=3)) == "box"
+    assert prompts_told(Prompting("pt", point_strategy="entropy")) == prompts_told(Prompting("pt")) == "1 point, random"
+
+
+def test_common_prompts_are_measured_anew_without_training(data, systems, tmp_path):
+    config = CompareConfig(data=str(data), output=str(tmp_path), folds=2, jobs=0, set=SMALL, pictures=0)
+    (own,) = compare(systems[1:], config)
+    (common,) = compare(systems[1:], replace(config, prompts="point"))
+    assert (own.prompts, common.prompts) == ("box", "1 point, random")
+    (before,), (after,) = own.entries, common.entries
+    assert [run.result["seconds"] for run in before.runs] == [run.result["seconds"] for run in after.runs]
+    assert [before.cases(run) for run in before.runs] != [after.cases(run) for run in after.runs]
+    assert "with the same: 1 point, random" in (tmp_path / "comparison.md").read_text()
+    with pytest.raises(InputError, match="--prompts box: none of the systems takes prompts"):
+        compare(systems[:1], replace(config, prompts="box"))
 
 
 def test_the_files_hold_every_case_class_and_run(finished):
@@ -362,11 +406,13 @@ def test_paired_is_the_signed_rank_test_of_what_both_have():
     assert too_few(5, 1) and not too_few(6, 1) and too_few(6, 2)
 
 
-def drawn(name, values):
-    """An entry of one run whose cases have one class with these Dice values."""
+def drawn(name, values, prompts=""):
+    """An entry of one run whose cases have one class with these Dice values; with prompts, if they are named."""
     cases = {f"c{n}": {1: {"dice": v, "hd95": 1.0}} for n, v in enumerate(values)}
-    job = Job(name, None, 0, 1, None, {}, ("automatic",), (), tuple(cases), False, "", None)
-    return Entry(name, "automatic", None, (Run(job, {"ways": {"automatic": {"cases": cases}}, "class_names": ["x"]}),))
+    way, told = ("prompted", {"prompts": prompts}) if prompts else ("automatic", {})
+    job = Job(name, None, 0, 1, None, {}, (way,), (), tuple(cases), False, "", None)
+    result = {"ways": {way: {"cases": cases, **told}}, "class_names": ["x"], "device": "cpu"}
+    return Entry(name, way, None, (Run(job, result),))
 
 
 def test_the_table_says_when_it_can_say_nothing():

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from samlora.compare.config import CompareConfig
+from samlora.compare.config import COMMON_PROMPTS, CompareConfig
 from samlora.compare.folds import Fold, make_folds
-from samlora.compare.job import Job, knows_spacing, read_held
+from samlora.compare.job import Job, knows_spacing, prompts_told, read_held
 from samlora.compare.page import write_page
 from samlora.compare.results import (
     Entry,
@@ -20,6 +20,7 @@ from samlora.compare.results import (
     markdown,
     mean_sd,
     measures,
+    of_task,
     write_cases,
     write_summary,
 )
@@ -46,6 +47,8 @@ def compare(sources: Sequence[str], config: CompareConfig) -> list[Group]:
     if config.max_seconds:
         given["max_seconds"] = config.max_seconds
     variants, notes = find_variants(sources, given)
+    if config.prompts != "own" and not any(variant.prompting(config.prompts) for variant in variants):
+        raise InputError(f"--prompts {config.prompts}: none of the systems takes prompts; leave it out")
     slices: dict[str, list[SliceFile]] = {}
     for item in find_slices(data_folder(config.data, "train_npz", "--data")):
         slices.setdefault(item.case, []).append(item)
@@ -144,7 +147,7 @@ def _jobs(
                     values = dataclasses.asdict(options)
                     jobs.append(
                         Job(variant.name, folder, fold.number, seed, count, values, ways, train, fold.held, in_mm, data,
-                            bases[variant.name])
+                            bases[variant.name], variant.prompting(config.prompts))
                     )  # fmt: skip
     return jobs
 
@@ -208,6 +211,9 @@ def _facts(
         + ("; distances in mm" if unit == "mm" else "; distances in pixels: the size of the voxels is not known"),
         "Devices": "; ".join(devices),
     }
+    if config.prompts != "own":
+        told = prompts_told(COMMON_PROMPTS[config.prompts])
+        facts["Prompts"] = f"all systems with prompts were measured with the same: {told}, whatever they trained with"
     if config.set:
         facts["For all"] = ", ".join(f"{name} {value}" for name, value in config.set.items())
     if config.max_seconds:
@@ -226,6 +232,12 @@ def _remarks(groups: Sequence[Group]) -> list[str]:
     if len(tasks) > 1:
         notes.append(
             "two tasks, two tables: systems that are given prompts from the reference do not compete with others"
+        )
+    asked = dict.fromkeys(group.prompts for group in groups if group.prompts)
+    if len(asked) > 1:
+        notes.append(
+            f"the systems with prompts were given different ones ({' | '.join(asked)}): each kind has a table of its "
+            "own and no test goes across; --prompts box or --prompts point measures all with the same"
         )
     counts = {len(entry.runs) for group in groups for entry in group.entries}
     if len(counts) > 1:
@@ -269,15 +281,15 @@ def _told(groups: Sequence[Group], unit: str) -> list[str]:
     dice, *_, hd95 = measures(unit)
     lines = []
     for group in groups:
-        width = max(len("system"), *(len(entry.name) for entry in group.entries))
-        lines += [
-            "",
-            group.title,
-            f"{'system':<{width}}  {'Dice [%]':>14}  {hd95.head:>16}  {'trained':>9}  against the best",
-        ]
+        rows = [["system", "Dice [%]", hd95.head, "trained", *of_task(group.entries[0]), "against the best"]]
         for entry in group.entries:
+            figures = mean_sd(entry.means("dice"), dice), mean_sd(entry.means("hd95"), hd95)
             trained = f"{entry.fact('trained_parameters') / 1e6:.2f} M"
-            figures = f"{mean_sd(entry.means('dice'), dice):>14}  {mean_sd(entry.means('hd95'), hd95):>16}"
-            lines.append(f"{entry.name:<{width}}  {figures}  {trained:>9}  {group.verdict(entry)}".rstrip())
-        lines += [f"{group.too_few}"] * bool(group.too_few)
+            rows.append([entry.name, *figures, trained, *of_task(entry).values(), group.verdict(entry)])
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines += ["", group.title]
+        for name, *others, verdict in rows:
+            cells = "  ".join(f"{cell:>{width}}" for cell, width in zip(others, widths[1:]))
+            lines.append(f"{name:<{widths[0]}}  {cells}  {verdict}".rstrip())
+        lines += [group.too_few] * bool(group.too_few)
     return [*lines, ""]

@@ -5,6 +5,9 @@ from typing import Any
 
 from samlora.errors import InputError
 from samlora.options import option
+from samlora.prompting import Prompting
+
+COMMON_PROMPTS = {"box": Prompting("box"), "point": Prompting("pt")}
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,12 @@ class CompareConfig:
     seed: int = option(1234, "seed of the folds, of the few-shot subsets and of the first training")
     set: dict[str, Any] = option(
         {}, "options of training for all systems that take them; a,b makes variants of an option that takes one value"
+    )
+    prompts: str = option(
+        "own",
+        "what systems with prompts are measured with: own is what each trains with; box (of each class and slice) or "
+        "point (one on it, random) is the same for all, so that all stand in one table",
+        ("own", *COMMON_PROMPTS),
     )
     max_seconds: float = option(0.0, "training time of every run, whatever its epochs say; 0: as long as it plans")
     shots: tuple[str, ...] = option(

@@ -23,6 +23,7 @@ from samlora.evaluation.metrics import evaluate_case
 from samlora.evaluation.report import informative_slices
 from samlora.files import whole
 from samlora.options import make
+from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 
 # What may differ between a result and what is asked for: it changes no figure.
@@ -30,6 +31,7 @@ PLACE = (
     "root_path", "output", "list_dir", "ckpt", "resume", "device", "num_workers", "save_seconds",
     "save_steps", "save_interval", "checkpointing", "cache_samples", "cache_embeddings",
 )  # fmt: skip
+MEASURED_WITH = "measured_with"  # the prompts, among what a result depends on
 _FORMAT = 1
 
 
@@ -38,6 +40,7 @@ class Job:
     """One system, trained once. values: options of training, complete. shots: training cases, None for all.
 
     in_mm: whether the size of the voxels is known for all cases. data, base: what tells apart slices and base weights.
+    prompting: how it is asked when it is measured; None where it has no prompts.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Job:
     in_mm: bool
     data: str
     base: Sequence[Any] | None
+    prompting: Prompting | None = None
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -63,6 +67,8 @@ class Job:
         made = {name: value for name, value in config.items() if name not in PLACE and value != usual[name]}
         cases = {"train": self.train, "held": self.held, "ways": self.ways, "in_mm": self.in_mm}
         inputs = {"format": _FORMAT, **made, **cases, "data": self.data, "base": self.base}
+        if self.prompting is not None:
+            inputs[MEASURED_WITH] = prompts_told(self.prompting)
         return json.loads(json.dumps(inputs))
 
     def write(self) -> None:
@@ -77,7 +83,8 @@ class Job:
         values = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         values = {field.name: values[field.name] for field in dataclasses.fields(cls)}
         lists = {name: tuple(values[name]) for name in ("ways", "train", "held")}
-        return cls(**values | lists | {"folder": folder})
+        asked = values["prompting"] and Prompting(**values["prompting"])
+        return cls(**values | lists | {"folder": folder, "prompting": asked})
 
     def result(self) -> dict | None:
         """What the job gave, if it is done and was made from the same inputs."""
@@ -88,18 +95,42 @@ class Job:
             return None
 
     def changed(self) -> str | None:
-        """What a job begun in this folder was made from otherwise, in words; None where it agrees or there is none."""
+        """What a job begun in this folder was made from otherwise, in words; None where it agrees or there is none.
+
+        What it was measured with does not count: it is measured again, without being trained again.
+        """
         try:
             former = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))["inputs"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         usual, inputs = _usual(), self.inputs
-        for name in sorted(former.keys() | inputs.keys()):
+        for name in sorted((former.keys() | inputs.keys()) - {MEASURED_WITH}):
             theirs, ours = (values.get(name, usual.get(name)) for values in (former, inputs))
             if theirs != ours:
                 brief = not isinstance(ours, list | dict) and len(str(ours)) < 30
                 return f"{name} {theirs}, not {ours}" if brief else f"other {name}"
         return None
+
+
+def prompts_told(prompting: Prompting) -> str:
+    """The prompts of a measurement in short words; equal words are equal prompts.
+
+    What `predict_prompted` makes no use of (jitter, the number of objects) makes no difference.
+    """
+    one = prompting
+    # Where the answer is least sure is not known before there is one: the measurement then draws by chance.
+    chosen = "random" if one.point_strategy == "entropy" else one.point_strategy
+    points = f"{one.sample_num} point{'s' * (one.sample_num != 1)}"
+    points += f" + {one.negative_num} beside" * (one.negative_num > 0)
+    words = {
+        "no": "none",
+        "box": "box",
+        "full_box": "box of the whole image",
+        "pt": f"{points}, {chosen}",
+        "pt_box": f"box + {points}, {chosen}",
+        "any": f"box or {points} or both by chance, {chosen}",
+    }
+    return words[one.prompt] + "; each part of a class" * one.parts
 
 
 def _usual() -> dict[str, Any]:
@@ -144,13 +175,12 @@ def run_job(job: Job, own_process: bool = True) -> None:
 def _measure(
     job: Job, adapter: Path, slices: Mapping[str, Sequence[SliceFile]]
 ) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
-    """way -> {"seconds", "cases"}, and the predictions on the slice of each case that is shown."""
+    """way -> {"seconds", "cases", "prompts" if it was asked by any}, and what it found on each case's shown slice."""
     from samlora.device import DTYPES, pick_device, pick_precision
     from samlora.inference.prompted import predict_prompted
     from samlora.inference.slices import predict_slices
     from samlora.model.build import load_model
     from samlora.model.lora import merge
-    from samlora.training.objectives import prompting_of
 
     config = make(TrainConfig, job.values)
     device = pick_device(config.device)
@@ -158,8 +188,9 @@ def _measure(
     merge(model)
     model.to(device)
     side, dtype = model.spec.image_size, DTYPES[pick_precision(config.precision, device)]
-    prompting = prompting_of(config, model.spec.system)
     ways: dict[str, dict] = {way: {"seconds": {}, "cases": {}} for way in job.ways}
+    if job.prompting is not None:
+        ways["prompted"]["prompts"] = prompts_told(job.prompting)
     pictures = {}
     for number, case in enumerate(job.held):
         held = read_held(job.values["root_path"], case, slices[case])
@@ -169,7 +200,7 @@ def _measure(
             if way == "automatic":
                 labels = predict_slices(model, images, side, device=device, precision=dtype)
             else:
-                labels = predict_prompted(model, images, truth, prompting, device=device, precision=dtype)
+                labels = predict_prompted(model, images, truth, job.prompting, device=device, precision=dtype)
             found["seconds"][case] = time.perf_counter() - began
             spacing = held.spacing if job.in_mm else None
             classes = range(1, model.spec.num_classes + 1)

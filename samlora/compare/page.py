@@ -14,7 +14,7 @@ from samlora.colours import PALETTE
 from samlora.compare.drawing import Axis, Line, plot
 from samlora.compare.job import Held
 from samlora.compare.pictures import picture
-from samlora.compare.results import PROMPTED_NOTE, READING, Entry, Group, costs, mean_sd, measures
+from samlora.compare.results import PROMPTED_NOTE, READING, Entry, Group, costs, mean_sd, measures, of_task
 from samlora.evaluation.measures import Shown
 from samlora.evaluation.plots import Strip, box_plot
 from samlora.evaluation.tables import named, page_classes, swatch
@@ -67,8 +67,11 @@ def _reading() -> dict[str, str]:
 
 def _group(group: Group, unit: str, colours: Mapping[str, str]) -> str:
     shown = measures(unit)
-    heads = ["System", *(one.head for one in shown), "against the best"]
-    rows = [[*(mean_sd(entry.means(one.key), one) for one in shown), group.verdict(entry)] for entry in group.entries]
+    heads = ["System", *(one.head for one in shown), *of_task(group.entries[0]), "against the best"]
+    rows = [
+        [*(mean_sd(entry.means(one.key), one) for one in shown), *of_task(entry).values(), group.verdict(entry)]
+        for entry in group.entries
+    ]
     spent = [costs(entry) for entry in group.entries]
     prompted = f'<p class="prompted">{escape(PROMPTED_NOTE)}</p>' if group.task == "prompted" else ""
     why = f'<p class="hint">{escape(group.too_few)}.</p>' if group.too_few else ""
@@ -110,7 +113,7 @@ def _table(
 
 
 def _label(entry: Entry) -> str:
-    return entry.name + (" (prompted)" if entry.task == "prompted" else "")
+    return entry.name + (f" (prompted: {entry.prompts})" if entry.task == "prompted" else "")
 
 
 def _plots(groups: Sequence[Group], full: Sequence[Group], colours: Mapping[str, str]) -> str:
@@ -201,7 +204,7 @@ def _boxes(group: Group, unit: str, colours: Mapping[str, str]) -> str:
             for entry in sorted(group.entries, key=lambda e: e.name):
                 values = entry.per_case(label, one.key)
                 points = [(case, value) for case, value in values.items() if not math.isnan(value)]
-                strips.append(Strip(_label(entry), colours[entry.name], points))
+                strips.append(Strip(entry.name, colours[entry.name], points))
             if any(strip.points for strip in strips):
                 figures.append(
                     box_plot(f"{name}: {titles[one.key]}", strips, one.scale, one.unit, one.better == "high")
@@ -214,7 +217,9 @@ def _pictures(shown: Shots, full: Sequence[Group]) -> str:
     entries = [entry for group in full for entry in group.entries]
     seed = min(run.job.seed for entry in entries for run in entry.runs)
     heads = "".join(
-        f'<th scope="col">{named(entry.name)}{_TAG if entry.task == "prompted" else ""}</th>' for entry in entries
+        f'<th scope="col">{named(entry.name)}'
+        + (f"{_TAG}<small>{escape(entry.prompts)}</small></th>" if entry.task == "prompted" else "</th>")
+        for entry in entries
     )
     rows = []
     for held, predictions in shown:

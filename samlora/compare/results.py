@@ -93,19 +93,25 @@ class Entry:
         return float(np.median([s for run in self.runs for s in run.result["ways"][self.task]["seconds"].values()]))
 
     @property
+    def prompts(self) -> str:
+        """What it was asked by, in words; "" where it answers without prompts."""
+        return self.runs[0].result["ways"][self.task].get("prompts", "")
+
+    @property
     def class_names(self) -> dict[int, str]:
         return dict(enumerate(self.runs[0].result["class_names"], start=1))
 
 
 @dataclass(frozen=True)
 class Group:
-    """Entries that may be compared: one task, one number of training cases. The best first.
+    """Entries that may be compared: one task, equal prompts, one number of training cases. The best first.
 
     tests: for every entry but the best its test against the best, with p after Holm's correction. too_few: why no
     test could say anything, or "".
     """
 
     task: str
+    prompts: str
     shots: int | None
     entries: tuple[Entry, ...]
     tests: Mapping[str, Paired]
@@ -114,7 +120,7 @@ class Group:
     @property
     def title(self) -> str:
         shots = "" if self.shots is None else f"; {self.shots} training case{'s' * (self.shots > 1)}"
-        return TASKS[self.task] + shots
+        return TASKS[self.task] + (f" ({self.prompts})" if self.prompts else "") + shots
 
     def verdict(self, entry: Entry) -> str:
         """What the test says, in as few words as a table has room for."""
@@ -139,16 +145,16 @@ def collect(runs: Sequence[Run]) -> list[Entry]:
 
 
 def grouped(entries: Sequence[Entry], patient_of: Callable[[str], str]) -> list[Group]:
-    """Automatic and prompted apart, each number of training cases apart; all cases first, then the most."""
-    keys = {(entry.task, entry.shots) for entry in entries}
-    order = sorted(keys, key=lambda key: (key[0], -math.inf if key[1] is None else -key[1]))
-    return [
-        _group(task, shots, [e for e in entries if (e.task, e.shots) == (task, shots)], patient_of)
-        for task, shots in order
-    ]
+    """Automatic and prompted apart, and each kind of prompt and number of training cases; all cases first."""
+
+    def key(entry: Entry) -> tuple[str, float, str]:
+        return entry.task, -math.inf if entry.shots is None else -entry.shots, entry.prompts
+
+    found = {place: [entry for entry in entries if key(entry) == place] for place in sorted(set(map(key, entries)))}
+    return [_group(of, patient_of) for of in found.values()]
 
 
-def _group(task: str, shots: int | None, entries: Sequence[Entry], patient_of: Callable[[str], str]) -> Group:
+def _group(entries: Sequence[Entry], patient_of: Callable[[str], str]) -> Group:
     means = {entry.name: _mean(entry.means("dice")) for entry in entries}
     ordered = sorted(entries, key=lambda entry: (math.isnan(means[entry.name]), -means[entry.name]))
     best, *others = ordered
@@ -166,7 +172,7 @@ def _group(task: str, shots: int | None, entries: Sequence[Entry], patient_of: C
             f"{patients} patients are too few to tell systems apart: with {counted} no result could have p below "
             f"{least:.3g}"
         )
-    return Group(task, shots, tuple(ordered), tests, why)
+    return Group(best.task, best.prompts, best.shots, tuple(ordered), tests, why)
 
 
 def mean_sd(values: np.ndarray, shown: Shown) -> str:
@@ -174,6 +180,11 @@ def mean_sd(values: np.ndarray, shown: Shown) -> str:
     defined = values[~np.isnan(values)]
     text = shown.text(_mean(defined))
     return text + (f" ± {shown.text(float(defined.std(ddof=1)))}" if defined.size > 1 else "")
+
+
+def of_task(entry: Entry) -> dict[str, str]:
+    """What only the tables of its task show."""
+    return {"Prompts": entry.prompts} if entry.task == "prompted" else {}
 
 
 def costs(entry: Entry) -> dict[str, str]:
@@ -199,10 +210,11 @@ def markdown(groups: Sequence[Group], facts: Mapping[str, str], notes: Sequence[
         lines += [f"## {group.title}", ""]
         if group.task == "prompted":
             lines += [PROMPTED_NOTE, ""]
-        heads = ["System", *(one.head for one in shown), "against the best", *costs(group.entries[0])]
+        first = group.entries[0]
+        heads = ["System", *(one.head for one in shown), *of_task(first), "against the best", *costs(first)]
         rows = [
-            [entry.name, *(mean_sd(entry.means(one.key), one) for one in shown), group.verdict(entry)]
-            + [*costs(entry).values()]
+            [entry.name, *(mean_sd(entry.means(one.key), one) for one in shown), *of_task(entry).values()]
+            + [group.verdict(entry), *costs(entry).values()]
             for entry in group.entries
         ]
         lines += [*_table(heads, rows), ""]
@@ -232,11 +244,13 @@ def write_cases(path: Path, runs: Sequence[Run]) -> None:
     keys = [key for key in dict.fromkeys(_all_keys(runs))]
     with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["system", "task", "training_cases", "fold", "seed", "case", "label", "class", *keys])
+        writer.writerow(
+            ["system", "task", "prompts", "training_cases", "fold", "seed", "case", "label", "class", *keys]
+        )
         for run in runs:
             names = dict(enumerate(run.result["class_names"], start=1))
             for task, way in run.result["ways"].items():
-                head = [run.job.name, task, len(run.job.train), run.job.fold, run.job.seed]
+                head = [run.job.name, task, way.get("prompts", ""), len(run.job.train), run.job.fold, run.job.seed]
                 for case, labels in way["cases"].items():
                     for label, values in labels.items():
                         numbers = [f"{values.get(key, math.nan):.10g}" for key in keys]
@@ -252,19 +266,23 @@ def _all_keys(runs: Sequence[Run]) -> Iterable[str]:
 
 
 def write_summary(path: Path, groups: Sequence[Group], unit: str) -> None:
-    """summary.csv: a row per system, task, number of training cases and class ("all classes" first)."""
+    """summary.csv: a row per system, task, number of training cases and class ("all classes" first).
+
+    The tests are against the best of those with the same task, prompts and number of training cases.
+    """
     shown = measures(unit)
     figures = [f"{one.key}_{of}" for one in shown for of in ("mean", "sd")]
     costs = ("trained_parameters", "total_parameters", "adapter_bytes", "steps", "seconds", "peak_memory_bytes")
     with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         tested = ["difference_to_best", "p_holm"]
-        writer.writerow(["system", "task", "shots", "runs", "class", *figures, *tested, *costs, "seconds_per_volume"])
+        heads = ["system", "task", "prompts", "shots", "runs", "class", *figures, *tested, *costs, "seconds_per_volume"]
+        writer.writerow(heads)
         for group in groups:
             for entry in group.entries:
                 test = group.tests.get(entry.name)
                 for label, name in {None: "all classes", **entry.class_names}.items():
-                    row = [entry.name, group.task, group.shots or "all", len(entry.runs), name]
+                    row = [entry.name, group.task, group.prompts, group.shots or "all", len(entry.runs), name]
                     for one in shown:
                         values = entry.means(one.key, label)
                         values = values[~np.isnan(values)]

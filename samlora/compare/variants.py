@@ -3,16 +3,18 @@
 import itertools
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from samlora.compare.config import COMMON_PROMPTS
 from samlora.errors import InputError
 from samlora.model.checkpoint import find_base
 from samlora.model.methods import System, named_system, system_options, system_row
 from samlora.model.variants import VARIANTS
-from samlora.options import make, read_yaml
+from samlora.options import make, pairs, read_yaml
+from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.objectives import prompting_of
 
@@ -38,6 +40,12 @@ class Variant:
     def ways(self) -> tuple[str, ...]:
         row = system_row(self.system)
         return ("automatic",) * row.automatic + ("prompted",) * row.promptable
+
+    def prompting(self, protocol: str) -> Prompting | None:
+        """How it is asked when it is measured; None where it has no prompts. protocol: as --prompts of the command."""
+        if not system_row(self.system).promptable:
+            return None
+        return COMMON_PROMPTS.get(protocol) or prompting_of(make(TrainConfig, self.values), self.system)
 
     @property
     def slug(self) -> str:
@@ -91,17 +99,15 @@ def _spread(source: str, given: Mapping[str, Any]) -> tuple[list[Variant], list[
     system = named_system(values.get("system"), values.get("module")) or "samed"
     row = system_row(system)
     unfit = [name for name, value in given.items() if not fits(row, name, value)]
-    of_system = given["options"] if isinstance(given.get("options"), Mapping) else {}
-    unfit += [f"options {key}" for key in of_system if key not in row.options and "options" not in unfit]
+    asked = [] if "options" in unfit else _mappings(given.get("options"), "--set options")
+    unfit += [f"options {key}" for key in dict.fromkeys(key for one in asked for key in one) if key not in row.options]
     if unfit:
         notes.append(f"{stem}: {', '.join(f'--set {name}' for name in unfit)} left out: {system} has no such option")
-    for name, value in given.items():
-        if name == "options" and isinstance(value, Mapping):
-            known, former = {key: of for key, of in value.items() if key in row.options}, values.get("options") or {}
-            merged = [{**one, **known} for one in (former if isinstance(former, list) else [former])]
-            values["options"] = merged if isinstance(former, list) else merged[0]
-        elif name not in unfit:
-            values[name] = value
+    values |= {name: value for name, value in given.items() if name not in (*unfit, "options")}
+    asked = _once({key: of for key, of in one.items() if key in row.options} for one in asked)
+    if any(asked):
+        former = _mappings(values.get("options"), f"{source}: options") or [{}]
+        values["options"] = [{**one, **more} for one in former for more in asked]
     choices = {name: _choices(name, value) for name, value in values.items()}
     several = [name for name, found in choices.items() if len(found) > 1]
     variants = []
@@ -110,6 +116,22 @@ def _spread(source: str, given: Mapping[str, Any]) -> tuple[list[Variant], list[
         told = "".join(f" {name}={_told(one[name])}" for name in several)
         variants.append(Variant(stem + told, system, one))
     return variants, notes
+
+
+def _mappings(value: Any, where: str) -> list[dict[str, Any]]:
+    """The values of `options` that are to be compared; none where there are no options."""
+    if value is None:
+        return []
+    return [pairs(one, where) for one in (value if isinstance(value, list) else [value])]
+
+
+def _once(mappings: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each of some mappings once, in order."""
+    found: list[dict[str, Any]] = []
+    for one in mappings:
+        if one not in found:
+            found.append(one)
+    return found
 
 
 def fits(row: System, name: str, value: Any) -> bool:
@@ -148,7 +170,7 @@ def _told(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={_told(of)}" for key, of in value.items())
+        return ",".join(f"{key}={_told(of)}" for key, of in value.items()) or "default"
     if isinstance(value, list):
         return ",".join(map(_told, value)) or "all"
     return str(value)

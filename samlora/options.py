@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from samlora.errors import InputError, MissingFileError
 from samlora.files import shipped, whole
 
 Options = TypeVar("Options")
+_NAMED = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
 
 
 def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
@@ -88,7 +90,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         path = shipped("configs") / f"{path}.yaml"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that is none
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{path}: is not YAML ({reason}); correct it") from None
     if not isinstance(values, dict):
@@ -103,6 +105,28 @@ def write_yaml(path: str | Path, options: Any) -> None:
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items()}
     with whole(path) as temporary:
         temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def pairs(value: Any, where: str) -> dict[str, Any]:
+    """A mapping, or texts NAME=VALUE as flags give them; one text may hold several, NAME=VALUE,NAME=VALUE.
+
+    A VALUE is read as YAML reads it, and a,b is a list, as [a,b] is. One that is NAME=VALUE itself stays the text it
+    is: whose option it is knows whether that is a mapping. where: for messages. Raises InputError for anything else.
+    """
+    if isinstance(value, Mapping):
+        return dict(value)
+    found = {}
+    for text in value if isinstance(value, list | tuple) else _pair_texts(str(value)):
+        named = _NAMED.match(str(text))
+        if not named:
+            raise InputError(f"{where} {text}: is not of the form NAME=VALUE")
+        content = named["value"]
+        if _NAMED.match(content):
+            found[named["name"]] = content
+            continue
+        read = [_read(part, f"{where} {text}") for part in _parts(content)]
+        found[named["name"]] = read if len(read) > 1 else read[0]
+    return found
 
 
 def _kind(hint: Any) -> tuple[type, bool, bool]:
@@ -124,27 +148,44 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     if value is None and optional:
         return None
     if kind is dict:
-        return _pairs(value, where)
+        return pairs(value, where)
     if is_list:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_scalar(item, kind, where) for item in items)
     return _scalar(value, kind, where)
 
 
-def _pairs(value: Any, where: str) -> dict[str, Any]:
-    """A mapping, or texts NAME=VALUE as flags give them, whose values are read as YAML reads them; a,b is a list."""
+def _pair_texts(text: str) -> list[str]:
+    """One text for each NAME=VALUE; a part between commas without a name belongs to the list before it."""
+    texts: list[str] = []
+    for part in _parts(text):
+        if texts and not _NAMED.match(part):
+            texts[-1] += f",{part}"
+        else:
+            texts.append(part)
+    return texts
+
+
+def _parts(text: str) -> list[str]:
+    """What stands between the commas of a text that are in no brackets or braces."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth = max(0, depth + (letter in "[{") - (letter in "]}"))
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _read(text: str, where: str) -> Any:
     import yaml
 
-    if isinstance(value, Mapping):
-        return dict(value)
-    found = {}
-    for text in value if isinstance(value, list | tuple) else [value]:
-        name, equals, content = str(text).partition("=")
-        if not (name and equals):
-            raise InputError(f"{where} {text}: is not of the form NAME=VALUE")
-        read = [yaml.safe_load(part) for part in content.split(",")]
-        found[name] = read if len(read) > 1 else read[0]
-    return found
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{where}: {text} is no value of YAML ({reason}); close its brackets, or quote it") from None
 
 
 def _scalar(value: Any, kind: type, where: str) -> Any:

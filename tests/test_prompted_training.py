@@ -104,7 +104,25 @@ def test_options_of_a_system_are_in_the_adapter(data, tmp_path):
     assert make(TrainConfig, read_yaml(tmp_path / "again.yaml")) == again
 
 
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("ranks=[[0,8],[1,2]]", [[0, 8], [1, 2]]),
+        ("ranks={0: 8, 1: 2}", {0: 8, 1: 2}),
+        ("targets=[q,k,v]", ["q", "k", "v"]),
+        ("targets=q,k,v", ["q", "k", "v"]),
+        ("targets=proj", "proj"),
+        ("alpha=1.5", 1.5),
+        ("dora=true", True),
+    ],
+)
+def test_flags_carry_every_option(text, value):
+    assert make(TrainConfig, {"options": [text]}).options == {text.partition("=")[0]: value}
+
+
 REFUSED = {
+    "no value of YAML": (["--system", "samed", "--options", "targets=[q,k"], "[q,k is no value of YAML"),
+    "no date": (["--system", "samed", "--options", "alpha=2024-13-41"], "alpha=2024-13-41"),
     "no such option": (["--system", "samed", "--options", "alfa=4"], "alfa"),
     "not a pair": (["--system", "samed", "--options", "alpha"], "NAME=VALUE"),
     "frozen altogether": (["--system", "sam_prompt", "--options", "freeze=image_encoder,prompt_encoder,mask_decoder"], "one or two of"),

@@ -20,7 +20,7 @@ from samlora.compare.config import CompareConfig
 from samlora.compare.drawing import Axis, Line, plot
 from samlora.compare.folds import make_folds
 from samlora.compare.job import Job, prompts_told, read_held
-from samlora.compare.results import Entry, Run, grouped
+from samlora.compare.results import Entry, Run, grouped, of_task
 from samlora.compare.running import run_all
 from samlora.compare.variants import find_variants
 from samlora.data.dataset import find_slices
@@ -28,6 +28,7 @@ from samlora.data.grid import Volume
 from samlora.data.prepare import prepare
 from samlora.data.volume import write_volume
 from samlora.errors import InputError
+from samlora.evaluation.metrics import evaluate_case
 from samlora.evaluation.statistics import holm, paired, smallest_p, too_few
 from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
@@ -176,7 +177,10 @@ def test_the_files_hold_every_case_class_and_run(finished):
                 for name in ("near", "far")
             ]
             assert mean == pytest.approx(np.mean(classes))
+        assert {row["in_reference"] for row in of} == {"1"}
     summary = rows_of(module.Path(config.output) / "summary.csv")
+    assert {(row["false_alarms"], row["absent_in_reference"]) for row in summary} == {("0", "0")}
+    assert '<th scope="col">False alarms</th>' in (module.Path(config.output) / "report.html").read_text()
     assert [row["class"] for row in summary] == ["all classes", "near", "far"] * 2
     for row in summary:
         assert float(row["trained_parameters"]) < float(row["total_parameters"]) and float(row["adapter_bytes"]) > 1e4
@@ -408,11 +412,37 @@ def test_paired_is_the_signed_rank_test_of_what_both_have():
 
 def drawn(name, values, prompts=""):
     """An entry of one run whose cases have one class with these Dice values; with prompts, if they are named."""
-    cases = {f"c{n}": {1: {"dice": v, "hd95": 1.0}} for n, v in enumerate(values)}
+    cases = {f"c{n}": {1: {"dice": v, "hd95": 1.0, "volume_error_percent": 0.0}} for n, v in enumerate(values)}
     way, told = ("prompted", {"prompts": prompts}) if prompts else ("automatic", {})
     job = Job(name, None, 0, 1, None, {}, (way,), (), tuple(cases), False, "", None)
     result = {"ways": {way: {"cases": cases, **told}}, "class_names": ["x"], "device": "cpu"}
     return Entry(name, way, None, (Run(job, result),))
+
+
+def test_figures_are_over_what_the_reference_shows_and_false_alarms_stand_apart():
+    """Two cases of two classes, the second without the far one: who draws it there loses nothing but says so."""
+    truth = np.zeros((2, 1, 8, 8), np.uint8)
+    truth[:, :, :4, :4] = 1
+    truth[0, :, 5:, 5:] = 2
+    quiet, loud, blind = truth.copy(), truth.copy(), truth.copy()
+    loud[1, 0, 7, 7] = 2
+    blind[0][blind[0] == 2] = 0
+
+    def entry(name, maps):
+        cases = {f"c{n}": evaluate_case(*pair, None, (1, 2))["strict"] for n, pair in enumerate(zip(maps, truth))}
+        job = Job(name, None, 0, 1, None, {}, ("automatic",), (), tuple(cases), False, "", None)
+        result = {"ways": {"automatic": {"cases": cases}}, "class_names": ["near", "far"]}
+        return Entry(name, "automatic", None, (Run(job, result),))
+
+    still, drew, missed = entry("quiet", quiet), entry("loud", loud), entry("blind", blind)
+    for one in (still, drew):
+        assert one.means("dice") == [1.0] and one.means("dice", 2) == [1.0] and one.means("hd95", 2) == [0.0]
+        assert one.per_patient(str) == {"c0": 1.0, "c1": 1.0} and one.per_case(2, "dice")["c0"] == 1.0
+        assert math.isnan(one.per_case(2, "dice")["c1"])
+    assert missed.means("dice", 2) == [0.0] and missed.means("dice") == [0.5]
+    assert missed.per_patient(str) == {"c0": 0.5, "c1": 1.0}
+    assert [one.false_alarms() for one in (still, drew, missed)] == [(0, 1), (1, 1), (0, 1)]
+    assert drew.false_alarms(1) == (0, 0) and of_task(drew) == {"False alarms": "1 of 1"}
 
 
 def test_the_table_says_when_it_can_say_nothing():

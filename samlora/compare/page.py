@@ -57,6 +57,7 @@ def _reading() -> dict[str, str]:
         "±": READING[0],
         "Against the best": READING[1],
         "Strict": READING[2],
+        "False alarms": READING[3],
         "Prompted": PROMPTED_NOTE,
         "Dice (= F1)": "Over voxels the F1 score, the harmonic mean of precision and recall, is the Dice coefficient.",
         "HD95": "95 % of the surface points of both maps are nearer than this to the other surface.",

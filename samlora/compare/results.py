@@ -44,6 +44,11 @@ class Run:
     result: Mapping
 
 
+def in_reference(values: Mapping[str, float]) -> bool:
+    """Whether the reference shows the class of some measures: the error of its volume is in per cent of it."""
+    return not math.isnan(values["volume_error_percent"])
+
+
 @dataclass(frozen=True)
 class Entry:
     """A line of a table: one system, doing one task, trained on `shots` cases (None: all), in several runs."""
@@ -54,7 +59,28 @@ class Entry:
     runs: tuple[Run, ...]
 
     def cases(self, run: Run) -> Mapping[str, Mapping[int, Mapping[str, float]]]:
-        """case -> label -> measures of one of its runs."""
+        """case -> label -> measures of one of its runs, of the classes that the reference of the case shows.
+
+        These are the same for all systems. One without the class in the reference would have Dice 0 where a voxel is
+        found and none where it is not, so that every system would have a mean of its own choice of classes.
+        """
+        return {
+            case: {label: values for label, values in labels.items() if in_reference(values)}
+            for case, labels in self._measured(run).items()
+        }
+
+    def false_alarms(self, label: int | None = None) -> tuple[int, int]:
+        """Of the pairs of case and class without the class in the reference: how many were drawn anyway, and all."""
+        absent = [
+            not math.isnan(values["dice"])  # undefined where neither shows the class
+            for run in self.runs
+            for labels in self._measured(run).values()
+            for of, values in labels.items()
+            if label in (None, of) and not in_reference(values)
+        ]
+        return sum(absent), len(absent)
+
+    def _measured(self, run: Run) -> Mapping[str, Mapping[int, Mapping[str, float]]]:
         return run.result["ways"][self.task]["cases"]
 
     def means(self, measure: str, label: int | None = None) -> np.ndarray:
@@ -183,8 +209,11 @@ def mean_sd(values: np.ndarray, shown: Shown) -> str:
 
 
 def of_task(entry: Entry) -> dict[str, str]:
-    """What only the tables of its task show."""
-    return {"Prompts": entry.prompts} if entry.task == "prompted" else {}
+    """What only the tables of its task show: who is told what a slice shows raises no false alarm."""
+    if entry.task == "prompted":
+        return {"Prompts": entry.prompts}
+    drawn, absent = entry.false_alarms()
+    return {"False alarms": f"{drawn} of {absent}" if absent else "-"}
 
 
 def costs(entry: Entry) -> dict[str, str]:
@@ -234,8 +263,10 @@ READING = (
     "Against the best: two-sided Wilcoxon signed-rank test over patients of the mean Dice over classes, cases and "
     "seeds, against the system with the best mean in the same table; p after Holm's correction over the table. The "
     "best was chosen by the same figures.",
-    "Strict policy: a class in one of the two maps only has Dice 0 and the diagonal of the volume as HD95; in neither "
-    "it is left out.",
+    "All figures are over the pairs of case and class that the reference shows, the same for all systems. Strict "
+    "policy: a class that was missed there has Dice 0 and the diagonal of the volume as HD95.",
+    "Of the pairs of case and class without the class in the reference, over all runs: in how many the system drew it "
+    "anyway, be it a voxel. They are in no other figure. '-': every held-out case shows every class.",
 )
 
 
@@ -244,9 +275,19 @@ def write_cases(path: Path, runs: Sequence[Run]) -> None:
     keys = [key for key in dict.fromkeys(_all_keys(runs))]
     with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            ["system", "task", "prompts", "training_cases", "fold", "seed", "case", "label", "class", *keys]
-        )
+        heads = [
+            "system",
+            "task",
+            "prompts",
+            "training_cases",
+            "fold",
+            "seed",
+            "case",
+            "label",
+            "class",
+            "in_reference",
+        ]
+        writer.writerow([*heads, *keys])
         for run in runs:
             names = dict(enumerate(run.result["class_names"], start=1))
             for task, way in run.result["ways"].items():
@@ -254,7 +295,7 @@ def write_cases(path: Path, runs: Sequence[Run]) -> None:
                 for case, labels in way["cases"].items():
                     for label, values in labels.items():
                         numbers = [f"{values.get(key, math.nan):.10g}" for key in keys]
-                        writer.writerow([*head, case, label, names[label], *numbers])
+                        writer.writerow([*head, case, label, names[label], int(in_reference(values)), *numbers])
 
 
 def _all_keys(runs: Sequence[Run]) -> Iterable[str]:
@@ -275,7 +316,7 @@ def write_summary(path: Path, groups: Sequence[Group], unit: str) -> None:
     costs = ("trained_parameters", "total_parameters", "adapter_bytes", "steps", "seconds", "peak_memory_bytes")
     with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        tested = ["difference_to_best", "p_holm"]
+        tested = ["false_alarms", "absent_in_reference", "difference_to_best", "p_holm"]
         heads = ["system", "task", "prompts", "shots", "runs", "class", *figures, *tested, *costs, "seconds_per_volume"]
         writer.writerow(heads)
         for group in groups:
@@ -288,6 +329,7 @@ def write_summary(path: Path, groups: Sequence[Group], unit: str) -> None:
                         values = values[~np.isnan(values)]
                         sd = float(values.std(ddof=1)) if values.size > 1 else math.nan
                         row += [f"{_mean(values):.10g}", f"{sd:.10g}"]
+                    row += map(str, entry.false_alarms(label))
                     told = test if label is None else None
                     row += [f"{told.difference:.10g}", f"{told.p:.10g}"] if told else ["", ""]
                     row += [f"{entry.fact(cost):.10g}" for cost in costs] + [f"{entry.seconds_per_case:.6g}"]

@@ -3,7 +3,7 @@
 ViT-B, 512 px, LoRA of rank 4, eight classes, the same random weights and images. In fp32 the losses of two steps must
 agree to 1e-5 before anything is timed; how far bfloat16 moves them is recorded. memory.py takes the peak memory.
 
-    python benchmarks/step.py [--batch 2] [--device cuda --batch 12]       (CPU, batch 2: ten minutes, 12: an hour)
+    python benchmarks/step.py [--batch 2] [--device cuda]       (CPU: an hour; with --batch 2 ten minutes)
 
 Writes benchmarks/results/step.json.
 """
@@ -93,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__, "step")
     parser.add_argument("--variant", default="vit_b")
     parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=2, help="the target names 12")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--without", nargs="+", default=[], choices=VARIANTS[1:], help="variants to leave out")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)

@@ -213,7 +213,7 @@ def validated(folder: Path, fabric, cases: int) -> tuple[float, list[str]]:
     said: list[str] = []
     bad = BadSamples(False, said.append)
     run = SimpleNamespace(say=said.append)
-    data = Data([], [], held, 3, None, None, None, "")
+    data = Data([], [], held, 3, None, None, None, None, "")
     figures = validate(ByBrightness(), data, fabric, torch.float32, run, bad, Prompting())
     return figures["val_dice"], said
 
@@ -255,6 +255,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_processes_that_were_stopped_go_on_to_the_same_bytes(folder, laws):
+    """With dropout: each process draws its own numbers, also where its share of a batch was smaller."""
+    whole, parts = (next((folder / "dropout" / name).iterdir()) for name in ("whole", "parts"))
+    assert (whole / "adapter_last.safetensors").read_bytes() == (parts / "adapter_last.safetensors").read_bytes()
+
+
 def test_two_processes_prepare_what_one_prepares(folder, laws):
     recipe = Recipe("drawn", "ct", window=(-200, 300), size=16)  # its classes are found in the labels
     (folder / "drawn.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
@@ -288,6 +294,10 @@ def in_each_process(folder: Path) -> None:
     sys.addaudithook(watch)
     train(a_config(folder, output=str(folder / "torchrun"), batch_size=2))
     found: dict = {"opened": opened[:]}
+    for name, ends in (("whole", (4,)), ("parts", (1, 4))):
+        place = {"output": str(folder / "dropout" / name), "batch_size": 2, "options": {"dropout": 0.3}}
+        for end in ends:
+            train(a_config(folder, max_iterations=end, resume=end != ends[0], **place))
     fabric, _ = make_fabric(TrainConfig(device="cpu"))
     for count in PARTS:
         model, images, labels = whole_batch(count)

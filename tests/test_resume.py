@@ -119,6 +119,13 @@ def saved(config):
         return None
 
 
+def anew():
+    """Random numbers of a seed that is shown where the test fails."""
+    seed = time.time_ns()
+    print("seed", seed)
+    return random.Random(seed)
+
+
 def killed_often(config, times, rng):
     """Kills a run at random moments after a save, some in the middle of the next; lets it end; returns its folder."""
     for _ in range(times):
@@ -135,14 +142,14 @@ def killed_often(config, times, rng):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bytes(config, uninterrupted):
-    assert_same_run(killed_often(config, 3, random.Random(time.time_ns())), uninterrupted)
+    assert_same_run(killed_often(config, 3, anew()), uninterrupted)
 
 
 @pytest.mark.soak
 def test_a_run_killed_twenty_times_ends_in_the_same_bytes(config, tmp_path):
     longer = replace(config, max_epochs=48, stop_epoch=40, save_interval=3)
     whole = train(replace(longer, output=str(tmp_path / "whole")))
-    assert_same_run(killed_often(longer, 20, random.Random(time.time_ns())), whole)
+    assert_same_run(killed_often(longer, 20, anew()), whole)
 
 
 @pytest.mark.parametrize("steps", range(1, STEPS))
@@ -180,6 +187,132 @@ def test_a_damaged_state_falls_back_to_the_one_before(config, uninterrupted, dam
     said = capsys.readouterr().out
     assert "continuing from state_previous.pt" in said and "continued at step 2" in said
     assert (run / "epoch_2.safetensors").read_bytes() == (uninterrupted / "epoch_2.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("last", ["damaged", "missing"])
+def test_a_save_after_a_damaged_state_keeps_a_sound_one_at_every_moment(config, uninterrupted, last, monkeypatch):
+    """The machine dies again between the renames of the first save after the fall-back."""
+    run = train(replace(config, max_iterations=3))
+    (run / "state.pt").unlink() if last == "missing" else (run / "state.pt").write_bytes(b"PK")
+
+    class Died(Exception):
+        pass
+
+    rename = type(run).replace
+
+    def die(path, target):
+        if path.name == "state_next.pt" and target.name == "state.pt":
+            raise Died
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run), "replace", die)
+        with pytest.raises(Died):
+            train(replace(config, resume=True))
+    assert read_state(run / "state_previous.pt")["step"] == 2 and read_state(run / "state_next.pt")["step"] == 3
+    assert train(replace(config, resume=True)) == run
+    assert "continuing from state_next.pt" in (run / "log.txt").read_text()
+    assert (run / "epoch_2.safetensors").read_bytes() == (uninterrupted / "epoch_2.safetensors").read_bytes()
+
+
+def test_a_run_that_ended_and_lost_its_state_is_not_made_again(config):
+    run = train(replace(config, max_iterations=2))
+    before = (run / "adapter_last.safetensors").read_bytes(), (run / "metrics.csv").read_bytes()
+    for path in run.glob("state*.pt"):
+        path.unlink()
+    with pytest.raises(InputError, match="ended at step 2.*state.pt is gone.*--lora_ckpt") as caught:
+        train(replace(config, resume=True, max_iterations=None))
+    assert "\n" not in str(caught.value)
+    assert ((run / "adapter_last.safetensors").read_bytes(), (run / "metrics.csv").read_bytes()) == before
+
+
+def test_a_refused_continuation_changes_nothing(config, place, tmp_path):
+    run = train(replace(config, max_iterations=1))
+    before = (run / "config.yaml").read_bytes()
+    shutil.copytree(place / "data", tmp_path / "data")
+    write_slice(tmp_path / "data" / "case0_slice001.npz", np.zeros((32, 32)), np.zeros((32, 32), np.uint8))
+    with pytest.raises(InputError, match="other slices"):
+        train(TrainConfig(resume=str(run), root_path=str(tmp_path / "data")))
+    assert (run / "config.yaml").read_bytes() == before
+    assert train(TrainConfig(resume=str(run), max_iterations=2)) == run
+    assert b"max_iterations: 2" in (run / "config.yaml").read_bytes()
+
+
+def test_other_processes_are_refused(config, monkeypatch):
+    """The batches of a step are shared by them: another number is another run."""
+    run = train(replace(config, max_iterations=1))
+    state = read_state(run / "state.pt")
+    torch.save(state | {"processes": 2}, run / "state.pt")
+    with pytest.raises(InputError, match="trained by 2 processes, now there are 1"):
+        train(replace(config, resume=True))
+    several = Run(run, replace(config, resume=True), processes=4)
+    several.close()
+    assert several.resume_command == f"samlora train --resume {run}"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert several.resume_command == f"torchrun --nnodes 2 --nproc_per_node 2 -m samlora train --resume {run}"
+
+
+@pytest.mark.parametrize("first", ["stop", "skip"])
+def test_skipping_slices_does_not_take_other_slices(config, place, tmp_path, first):
+    """A slice may break and be mended; another slice in its place is another run."""
+    shutil.copytree(place / "data", tmp_path / "data")
+    path = tmp_path / "data" / "case0_slice001.npz"
+    content = path.read_bytes()
+    ours = replace(config, root_path=str(tmp_path / "data"))
+    train(replace(ours, on_bad_sample=first, max_iterations=1))
+    skip = replace(ours, resume=True, on_bad_sample="skip")
+    for step, broken in ((2, b"garbage"), (3, content)):
+        path.write_bytes(broken)
+        train(replace(skip, max_iterations=step))
+    write_slice(path, np.zeros((32, 32)), np.zeros((32, 32), np.uint8))
+    with pytest.raises(InputError, match="other slices"):
+        train(replace(skip, max_iterations=4))
+
+
+def test_what_a_run_began_from_may_go(config, tmp_path):
+    first = train(replace(config, max_iterations=1))
+    adapter = tmp_path / "begun.safetensors"
+    shutil.copy(first / "adapter_last.safetensors", adapter)
+    ours = replace(config, output=str(tmp_path / "second"), lora_ckpt=str(adapter))
+    run = train(replace(ours, max_iterations=2))
+    adapter.unlink()
+    assert train(TrainConfig(resume=str(run), max_iterations=3)) == run
+    with pytest.raises(InputError, match="begun.safetensors"):
+        train(replace(ours, output=str(tmp_path / "third")))
+
+
+def test_dropout_goes_on_where_it_was(config, tmp_path):
+    ours = replace(config, options={"dropout": 0.3}, max_iterations=4)
+    whole = train(replace(ours, output=str(tmp_path / "whole")))
+    train(replace(ours, max_iterations=1))
+    run = train(replace(ours, resume=True))
+    assert (run / "adapter_last.safetensors").read_bytes() == (whole / "adapter_last.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [("run.json", b"", "run.json: is damaged; delete it"), ("metrics.csv", b"st\0ep,loss\n\0\0,1\n", None)],
+)
+def test_damaged_records_are_one_line(config, name, content, told, capsys):
+    run = train(replace(config, max_iterations=2))
+    (run / name).write_bytes(content)
+    if told is None:
+        assert main(["train", "--resume", str(run), "--max_iterations", "3"]) == 0
+        assert "metrics.csv: 1 rows are damaged" in capsys.readouterr().out
+    else:
+        assert main(["train", "--resume", str(run), "--max_iterations", "3"]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_two_new_runs_do_not_share_a_folder(config, monkeypatch):
+    """Both looked before either wrote: the second finds out when the first lets go of the folder."""
+    run = train(replace(config, max_iterations=1))
+    before = (run / "adapter_last.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr("samlora.training.setup._run_problem", lambda *_: None)
+    with pytest.raises(InputError, match="holds a run already"):
+        train(config)
+    assert (run / "adapter_last.safetensors").stat().st_mtime_ns == before
 
 
 def test_two_damaged_states_are_one_line(config):
@@ -235,7 +368,7 @@ def test_two_processes_do_not_train_in_one_folder(config, monkeypatch):
     run = train(replace(config, max_iterations=1))
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.name != "log.txt"}
     monkeypatch.setattr("samlora.training.run.SECONDS_TO_END", 0)
-    first = Run(run, replace(config, max_iterations=1))
+    first = Run(run, replace(config, max_iterations=1, resume=True))
     with pytest.raises(InputError, match="another process"):
         train(replace(config, resume=True))
     first.close()
@@ -392,7 +525,8 @@ def test_the_loss_scale_of_fp16_is_part_of_the_state(place):
     def fresh():
         model = samlora.build_model("samed", base=place / "tiny.pth", image_size=64, num_classes=2)
         precision = MixedPrecision("16-mixed", "cpu")
-        fabric = SimpleNamespace(device=torch.device("cpu"), strategy=SimpleNamespace(precision=precision))
+        engine = SimpleNamespace(precision=precision)
+        fabric = SimpleNamespace(device=torch.device("cpu"), world_size=1, strategy=engine)
         return State(fabric, model, torch.optim.SGD(model.parameters()), Average(model, 0), BadSamples(False, print))
 
     first, second = fresh(), fresh()

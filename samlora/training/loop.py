@@ -1,5 +1,6 @@
 """Training: `files -> dataset -> batch -> model -> loss -> optimizer -> adapter file`."""
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ from samlora.training.setup import (
     resume,
     worker_count,
 )
-from samlora.training.state import State
+from samlora.training.state import Origin, State
 from samlora.training.stop import Stop
 from samlora.training.validation import preview, validate
 
@@ -82,13 +83,14 @@ def train_in(
     """Trains `model` on `data` until the plan, --patience or a signal ends it; `run` keeps what comes of it."""
     spec: Spec = model.spec
     optimizer = make_optimizer(config, model, fabric.device)
-    wrapped, optimizer = fabric.setup(torch.compile(model) if config.compile else model, optimizer)
+    wrapped, optimizer = fabric.setup(torch.compile(model, dynamic=False) if config.compile else model, optimizer)
     bad = BadSamples(config.on_bad_sample == "skip", run.say)
     average = Average(model, config.ema)
     state, made_from = State(fabric, model, optimizer, average, bad), origin(data, spec)
     with together(fabric):
         if config.resume:
             resume(run, state, made_from)
+            run.keep_options(config)
         run.open_metrics(state.step, objective.parts)
     slices, embeddings = read_slices(config, data, model, fabric), None
     if config.cache_embeddings is not None:
@@ -112,7 +114,7 @@ def train_in(
     began, saved, said = time.monotonic() - state.seconds, time.monotonic(), time.monotonic()
     over = 0 < config.max_seconds <= state.seconds
     ended, stopped = state.step >= plan.last_step or has_stalled(config, state) or over, 0
-    with Stop() as stop:
+    with Stop() as stop, contextlib.closing(loader):  # on every way out its processes end
         while not (ended or stopped):
             epoch = state.step // plan.steps_per_epoch
             row = {"step": state.step, "epoch": epoch, "lr": rate(config, plan, state.step)}
@@ -124,6 +126,8 @@ def train_in(
             except InputError:
                 keep(run, state, made_from)  # the steps up to here are sound, as they may not be when a loss is NaN
                 raise
+            # Dropout draws the same numbers wherever the run was interrupted, and others in each process.
+            torch.manual_seed(int(np.random.default_rng([config.seed, 4, state.step, plan.rank]).integers(2**63)))
             row |= optimizer_step(
                 fabric,
                 wrapped,
@@ -184,7 +188,7 @@ def read_slices(config: TrainConfig, data: Data, model: nn.Module, fabric) -> Sl
         return SliceDataset(data.train, config.seed, augment, decoded)
 
 
-def keep(run: Run, state: State, made_from: dict[str, str | int], better: bool = False) -> None:
+def keep(run: Run, state: State, made_from: dict[str, Origin], better: bool = False) -> None:
     """Saves the adapter and, after it, the state: what a kill in between leaves behind, a continuation makes again."""
     with state.average.in_place():
         for name in ("adapter_best", "adapter_last") if better else ("adapter_last",):

@@ -29,18 +29,19 @@ from samlora.training.config import TrainConfig
 # Columns of metrics.csv before and after the parts of the loss.
 BEFORE, AFTER = ("step", "epoch", "lr", "loss"), ("val_dice", "val_dice_prompted", "grad_norm")
 SECONDS_TO_END = 15  # what reads slices for a process outlives its being killed by some seconds
-LAST, PREVIOUS = "state.pt", "state_previous.pt"
+LAST, NEXT, PREVIOUS = "state.pt", "state_next.pt", "state_previous.pt"
 PACKAGES = ("samlora", "torch", "segment-anything", "lightning-fabric", "numpy", "scipy", "safetensors")
 
 
 class Run:
     """A run folder. Only the first process of a run writes; in the others every call does nothing.
 
-    Whatever cannot be written raises InputError; what was saved before stays as it was.
+    Whatever cannot be written raises InputError; what was saved before stays as it was. Raises InputError, too, where
+    the folder holds a run that is not to be resumed. processes: of the run, on all machines.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, writes: bool = True):
-        self.folder, self.writes = folder, writes
+    def __init__(self, folder: Path, config: TrainConfig, writes: bool = True, processes: int = 1):
+        self.folder, self.writes, self.processes = folder, writes, processes
         self._journal = self._lock = self._metrics = self._board = None
         if not writes:
             return
@@ -49,7 +50,16 @@ class Run:
         for pattern in (".part-*", ".tmp*"):  # ours and safetensors', of a process that was killed while it wrote
             for path in folder.glob(pattern):
                 path.unlink(missing_ok=True)
-        write_yaml(folder / "config.yaml", replace(config, resume=False))
+        if not (folder / "config.yaml").exists():
+            self.keep_options(config)
+        elif not config.resume:  # begun by another process while this one waited for the lock
+            self.close()
+            raise InputError(taken(folder))
+
+    def keep_options(self, config: TrainConfig) -> None:
+        """Writes config.yaml, from which `--resume` takes the options of the run."""
+        if self.writes:
+            write_yaml(self.folder / "config.yaml", replace(config, resume=False))
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -67,7 +77,12 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        return f"samlora train --resume {shlex.quote(str(self.folder))}"
+        started = ""
+        if self.processes > 1 and "LOCAL_WORLD_SIZE" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
+            here = int(os.environ["LOCAL_WORLD_SIZE"])
+            nodes = f"--nnodes {self.processes // here} " if self.processes > here else ""
+            started = f"torchrun {nodes}--nproc_per_node {here} -m "
+        return f"{started}samlora train --resume {shlex.quote(str(self.folder))}"
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar and keeps it in log.txt."""
@@ -90,7 +105,11 @@ class Run:
         if step and path.exists():
             text = path.read_bytes().decode("utf-8", "replace")
             whole_lines = text[: text.rfind("\n") + 1]  # a killed process may leave a part of a row
-            rows = [row for row in csv.DictReader(whole_lines.splitlines()) if int(row["step"]) < step]
+            rows = list(csv.DictReader(whole_lines.splitlines()))
+            sound = [row for row in rows if (row.get("step") or "").isdecimal()]
+            if len(sound) < len(rows):
+                self.say(f"warning: {path}: {len(rows) - len(sound)} rows are damaged and left out")
+            rows = [row for row in sound if int(row["step"]) < step]
         with self.writing():
             with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore")
@@ -125,11 +144,11 @@ class Run:
     def save_state(self, state: dict) -> None:
         """Writes state.pt, from which `--resume` continues; the one before it stays as state_previous.pt.
 
-        At every moment one of the two is whole.
+        At every moment one of them is whole, or state_next.pt is.
         """
         if not self.writes:
             return
-        last, previous, coming = (self.folder / name for name in (LAST, PREVIOUS, "state_next.pt"))
+        last, previous, coming = (self.folder / name for name in (LAST, PREVIOUS, NEXT))
         with self.writing():
             os.fsync(self._metrics.fileno())  # the rows before a saved step must outlive a power cut with it
             with whole(coming) as temporary:
@@ -141,22 +160,31 @@ class Run:
     def load_state(self) -> tuple[dict, Path] | None:
         """What `save_state` wrote last and the file it was in, or None; falls back, and says so, where it is damaged.
 
-        Raises InputError when no file can be read.
+        Raises InputError when no file can be read, or all are gone though the run had ended.
         """
         problems = []
-        for path in (self.folder / LAST, self.folder / PREVIOUS):
+        for path in (self.folder / name for name in (LAST, NEXT, PREVIOUS)):
             try:
                 state = read_state(path)
             except InputError as error:
                 problems.append(str(error))
                 continue
             if state is not None:
-                if path.name == PREVIOUS:
+                if path.name != LAST:
                     why = problems[0] if problems else f"{self.folder / LAST}: is missing"
-                    self.say(f"warning: {why}; continuing from {path.name}, one state earlier")
+                    earlier = ", one state earlier" if path.name == PREVIOUS else ""
+                    self.say(f"warning: {why}; continuing from {path.name}{earlier}")
+                    if self.writes:  # or the next save would put it in the place of a sound one
+                        with self.writing():
+                            (self.folder / LAST).unlink(missing_ok=True)
                 return state, path
         if problems:
             raise InputError(f"{problems[0]}; delete the state files of {self.folder} to start over")
+        if ended := facts_of(self.folder).get("steps"):
+            raise InputError(
+                f"{self.folder}: ended at step {ended}, but its {LAST} is gone; put it back, or begin a new run from "
+                f"its weights: --lora_ckpt {self.folder / 'adapter_last.safetensors'} --output OTHER"
+            )
         return None
 
     def describe(self, facts: Mapping[str, Any]) -> None:
@@ -177,6 +205,27 @@ class Run:
             if file is not None:
                 with contextlib.suppress(OSError):
                     file.close()
+
+
+def taken(folder: Path) -> str:
+    """What to say where a new run would be begun in the folder of another."""
+    return f"{folder} holds a run already; continue it with --resume, or choose another --output"
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a run saved a state there."""
+    return any((folder / name).exists() for name in (LAST, NEXT, PREVIOUS))
+
+
+def facts_of(folder: Path) -> dict:
+    """What run.json says; nothing where there is none. Raises InputError where it cannot be read."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"{path}: is damaged; delete it, training writes it anew") from None
 
 
 def lock(folder: Path) -> IO | None:

@@ -1,8 +1,9 @@
 """Everything before the first step of training: engine, data, model, optimizer, plan, resumed state."""
 
-import json
+import hashlib
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ from samlora.model.methods import named_system, system_row
 from samlora.model.variants import VARIANTS
 from samlora.options import make, read_yaml
 from samlora.training.config import TrainConfig
-from samlora.training.run import Run
-from samlora.training.state import State
+from samlora.training.run import Run, facts_of, has_state, taken
+from samlora.training.state import Origin, State
 
 
 def make_fabric(config: TrainConfig):
@@ -55,7 +56,7 @@ class Data:
     """The slices of a run and what is known about them.
 
     shown: those of train that show a class, where prompts are drawn from them; else all. contents: of the training
-    slices. sha256: over all that can be read.
+    slices. sums: of each slice of train and val, (N,) int64, 0 where it cannot be read. sha256: over all that can.
     """
 
     train: list[SliceFile]
@@ -65,6 +66,7 @@ class Data:
     class_names: tuple[str, ...] | None
     recipe: dict | None
     contents: Contents
+    sums: torch.Tensor
     sha256: str
 
 
@@ -88,7 +90,8 @@ def load_data(config: TrainConfig) -> Data:
     if whole:
         _check_stacks(train, val, config)
     looked_at = (*train, *val) if skip else () if row.automatic else train
-    shows, shown = {item: _shows(item) for item in looked_at}, train
+    with ThreadPoolExecutor(4) as pool:
+        shows, shown = dict(zip(looked_at, pool.map(_shows, looked_at))), train
     if not row.automatic:
         shown = [item for item in train if shows[item] is not False]  # of an empty slice no prompt can be drawn
         if not shown:
@@ -101,6 +104,7 @@ def load_data(config: TrainConfig) -> Data:
     if val:
         check_slices(usable[1] or val, num_classes)
     names = tuple(recipe.classes) if known else None
+    prints = ["" if skip and shows[item] is None else fingerprint([item]) for item in (*train, *val)]
     return Data(
         train,
         shown,
@@ -109,7 +113,8 @@ def load_data(config: TrainConfig) -> Data:
         names,
         None if recipe is None else recipe.to_dict(),
         contents,
-        fingerprint(sum(usable, [])),
+        torch.tensor([int(p[:15] or "0", 16) for p in prints], dtype=torch.int64),
+        hashlib.sha256("".join(prints).encode()).hexdigest(),
     )
 
 
@@ -173,9 +178,16 @@ def load_system(config: TrainConfig, data: Data) -> nn.Module:
                 raise InputError(f"--{flag}: {system} has no image encoder of SAM's; leave it out")
     else:
         model.image_encoder.checkpointing = config.checkpointing
-    if config.lora_ckpt:
+    # A run that goes on has its own weights; those it began from may lie elsewhere by now.
+    goes_on = config.resume and has_state(run_folder(config, model.spec))
+    if config.lora_ckpt and not goes_on:
         start_from(model, config.lora_ckpt)
     return model
+
+
+def run_folder(config: TrainConfig, spec: Spec) -> Path:
+    """The folder of a run, by its options and what they came to."""
+    return config.run_folder(spec.system, spec.variant, spec.image_size)
 
 
 def start_from(model: nn.Module, adapter: str) -> None:
@@ -269,24 +281,24 @@ def worker_count(config: TrainConfig, device: torch.device) -> int:
     return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
 
 
-def origin(data: Data, spec: Spec) -> dict[str, str | int]:
+def origin(data: Data, spec: Spec) -> dict[str, Origin]:
     """What a run is made from, wherever it lies: {what: how it is told apart}."""
     return {
         "number of slices": len(data.train),
         "base weights": spec.base_sha256 or spec.base,
-        "slices": data.sha256,
+        "slices": data.sums,
     }
 
 
 def open_run(config: TrainConfig, spec: Spec, fabric) -> Run:
     """The run folder, new or resumed; InputError, in every process, rather than overwrite another run."""
-    folder = config.run_folder(spec.system, spec.variant, spec.image_size)
+    folder = run_folder(config, spec)
     # The first process looks and tells the others: once it has begun to write, they would find a run.
     problem = fabric.broadcast(_run_problem(config, folder) if fabric.is_global_zero else None)
     if problem:
         raise InputError(problem)
     with together(fabric):
-        run = Run(folder, config, writes=fabric.is_global_zero)
+        run = Run(folder, config, fabric.is_global_zero, fabric.world_size)
     return run
 
 
@@ -298,7 +310,7 @@ def _run_problem(config: TrainConfig, folder: Path) -> str | None:
             return f"{folder} has no config.yaml but holds {left[0].name}; choose another --output"
         return None
     if not config.resume:
-        return f"{folder} holds a run already; continue it with --resume, or choose another --output"
+        return taken(folder)
     former = make(TrainConfig, read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
     ours, theirs = asdict(_comparable(config)), asdict(_comparable(former))
     changed = next((name for name in ours if ours[name] != theirs[name]), None)
@@ -340,19 +352,18 @@ def continued(given: Mapping[str, Any]) -> TrainConfig:
     for name in more:
         if name not in FREE and getattr(ours, name) != getattr(former, name):
             raise InputError(_contradiction(name, getattr(ours, name), folder, getattr(former, name)))
-    if (folder / "run.json").is_file():
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))["model"]
+    if facts := facts_of(folder).get("model"):
         name = former.run_folder(facts["system"], facts["variant"], facts["image_size"]).name
         if folder.resolve().name != name:
             raise InputError(f"--resume {folder}: this run was renamed from {name}; give the folder that name again")
     return replace(ours, resume=True, output=str(folder.parent))
 
 
-def resume(run: Run, state: State, made_from: dict[str, str | int]) -> None:
+def resume(run: Run, state: State, made_from: dict[str, Origin]) -> None:
     """Restores the last saved state of a run, or says that there is none.
 
-    Raises InputError when the run was made from something else. With --on_bad_sample skip the contents of slices
-    may change, as files break and are mended; their number keeps the order.
+    Raises InputError when the run was made from something else, or by another number of processes. With
+    --on_bad_sample skip slices may break and be mended; those that can be read then and now must be the same.
     """
     found = run.load_state()
     if found is None:
@@ -360,6 +371,20 @@ def resume(run: Run, state: State, made_from: dict[str, str | int]) -> None:
         return
     saved, path = found
     state.restore(saved, path)
+    if saved["processes"] != run.processes:
+        raise InputError(
+            f"{path}: this run is trained by {saved['processes']} processes, now there are {run.processes}; start it "
+            f"as before, so that its batches stay as they are"
+        )
     for what, value in made_from.items():
-        if saved["origin"][what] != value and not (what == "slices" and state.bad.skip):
+        if not _same(saved["origin"][what], value, state.bad.skip):
             raise InputError(f"{path}: this run was made from other {what}; put them back, or begin a new run")
+
+
+def _same(before: Origin, now: Origin, skip: bool) -> bool:
+    """Whether a run goes on with what it began with. skip: of sums of slices, 0 (unreadable) equals any."""
+    if not isinstance(now, torch.Tensor):
+        return before == now
+    if before.shape != now.shape:
+        return False
+    return bool(((before == now) | (skip & ((before == 0) | (now == 0)))).all())

@@ -11,14 +11,15 @@ from samlora.model.checkpoint import adapter_tensors, load_trained
 from samlora.training.average import Average
 from samlora.training.reading import BadSamples
 
-FORMAT = 2
+Origin = str | int | torch.Tensor
+FORMAT = 3
 
 
 class State:
-    """Where a run is: its next step, weights and their average, optimizer, loss scale, random numbers, records.
+    """Where a run is: its next step, weights and their average, optimizer, loss scale, records.
 
-    best: highest validation Dice so far, or NaN. stale: validations since then. seconds: trained so far. Order and
-    augmentation need nothing: they depend on the seed and the step alone.
+    best: highest validation Dice so far, or NaN. stale: validations since then. seconds: trained so far. Order,
+    augmentation and dropout need nothing: they depend on the seed, the step and the process alone.
     """
 
     def __init__(self, fabric, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average, bad: BadSamples):
@@ -31,12 +32,12 @@ class State:
         self.best, self.stale = (dice, 0) if better else (self.best, self.stale + 1)
         return better
 
-    def saved(self, origin: dict[str, str | int]) -> dict:
+    def saved(self, origin: dict[str, Origin]) -> dict:
         """The state as tensors and plain values. origin: what the run is made from (`setup.origin`)."""
-        cuda = self.fabric.device.type == "cuda"
         return {
             "format": FORMAT,
             "origin": origin,
+            "processes": self.fabric.world_size,
             "step": self.step,
             "best": self.best,
             "stale": self.stale,
@@ -46,8 +47,6 @@ class State:
             "average": self.average.tensors,
             "optimizer": self.optimizer.state_dict(),
             "loss_scale": self.fabric.strategy.precision.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if cuda else [],
         }
 
     def restore(self, saved: dict, path: Path) -> None:
@@ -58,9 +57,6 @@ class State:
         self.average.load(saved["average"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.fabric.strategy.precision.load_state_dict(saved["loss_scale"])
-        torch.set_rng_state(saved["random"])
-        if self.fabric.device.type == "cuda" and len(saved["random_cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(saved["random_cuda"])
         self.bad.counts = dict(saved["bad_samples"])
         self.step, self.best, self.stale = saved["step"], saved["best"], saved["stale"]
         self.seconds = saved["seconds"]

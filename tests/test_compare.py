@@ -451,12 +451,31 @@ def test_the_table_says_when_it_can_say_nothing():
     alike = values + rng.choice([-0.001, 0.001], 12) * rng.uniform(0.5, 1.5, 12)
     (group,) = grouped([drawn("low", values - 0.2), drawn("high", values), drawn("alike", alike)], str)
     verdicts = {entry.name: group.verdict(entry) for entry in group.entries}
-    assert sorted(verdicts.values())[0] == "best mean" and verdicts["low"] in ("p < 0.001", "p = 0.001")
+    assert sorted(verdicts.values())[0] == "best over patients" and verdicts["low"] in ("p < 0.001", "p = 0.001")
     assert "not told apart" in (verdicts["alike"] + verdicts["high"]) and group.entries[-1].name == "low"
     (few,) = grouped([drawn("low", [0.1, 0.2, 0.3]), drawn("high", [0.8, 0.9, 0.95])], str)
     assert few.verdict(few.entries[1]) == "too few patients" and "p below 0.25" in few.too_few
     scans = grouped([drawn("low", values - 0.2), drawn("high", values)], lambda case: "one patient")[0]
     assert scans.too_few  # twelve scans of one patient are one patient
+
+
+def test_the_best_is_best_by_what_is_tested():
+    """Folds of unequal size and a patient with two cases: means of runs order the two otherwise than patients do."""
+
+    def entry(name, folds):
+        runs = [drawn(name, values).runs[0] for values in folds]
+        for fold, run in enumerate(runs):
+            cases = {f"{fold}{case}": of for case, of in run.result["ways"]["automatic"]["cases"].items()}
+            run.result["ways"]["automatic"]["cases"] = cases
+        return Entry(name, "automatic", None, tuple(runs))
+
+    by_runs, by_patients = entry("runs", [[1.0], [0.4] * 9]), entry("patients", [[0.4], [0.5] * 9])
+    assert by_runs.means("dice").mean() > by_patients.means("dice").mean()
+    (group,) = grouped([by_runs, by_patients], str)
+    assert group.entries[0] is by_patients and group.tests["runs"].difference < 0
+    partly = entry("partly", [[1.0]])
+    (group,) = grouped([by_patients, partly], str)  # only the first fold can be compared
+    assert group.entries[0] is partly and group.tests["patients"].difference < 0 and "1 patient is" in group.too_few
 
 
 def test_plots_escape_names_and_keep_points_inside():

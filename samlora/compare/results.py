@@ -132,8 +132,9 @@ class Entry:
 class Group:
     """Entries that may be compared: one task, equal prompts, one number of training cases. The best first.
 
-    tests: for every entry but the best its test against the best, with p after Holm's correction. too_few: why no
-    test could say anything, or "".
+    The best is the one with the highest mean over patients of what is tested (`Entry.per_patient`). tests: for every
+    entry but the best its test against the best, with p after Holm's correction. too_few: why no test could say
+    anything, or "".
     """
 
     task: str
@@ -151,7 +152,7 @@ class Group:
     def verdict(self, entry: Entry) -> str:
         """What the test says, in as few words as a table has room for."""
         if entry is self.entries[0]:
-            return "best mean" if len(self.entries) > 1 else ""
+            return "best over patients" if len(self.entries) > 1 else ""
         if self.too_few:
             return "too few patients"
         p = self.tests[entry.name].p
@@ -181,21 +182,25 @@ def grouped(entries: Sequence[Entry], patient_of: Callable[[str], str]) -> list[
 
 
 def _group(entries: Sequence[Entry], patient_of: Callable[[str], str]) -> Group:
-    means = {entry.name: _mean(entry.means("dice")) for entry in entries}
+    dice = {entry.name: entry.per_patient(patient_of) for entry in entries}
+    defined = [{patient for patient, value in of.items() if not math.isnan(value)} for of in dice.values()]
+    # All are ranked by the patients whom all were measured on, where runs are missing: by what the test sees.
+    shared = set.intersection(*defined)
+    dice = {name: {patient: of[patient] for patient in of if patient in shared} for name, of in dice.items()}
+    means = {name: _mean([*of.values()]) for name, of in dice.items()}
     ordered = sorted(entries, key=lambda entry: (math.isnan(means[entry.name]), -means[entry.name]))
     best, *others = ordered
-    against = best.per_patient(patient_of)
-    found = [paired(entry.per_patient(patient_of), against) for entry in others]
+    found = [paired(dice[entry.name], dice[best.name]) for entry in others]
     tests = {
         entry.name: Paired(test.count, test.difference, p)
         for entry, test, p in zip(others, found, holm([test.p for test in found]))
     }
-    patients, why = len(against), ""
+    patients, why = len(shared), ""
     if others and too_few(patients, len(others)):
         least = min(1.0, smallest_p(patients) * len(others))
         counted = f"{len(others)} comparisons" if len(others) > 1 else "one comparison"
         why = (
-            f"{patients} patients are too few to tell systems apart: with {counted} no result could have p below "
+            f"{patients} patient{' is' if patients == 1 else 's are'} too few to tell systems apart: with {counted} no result could have p below "
             f"{least:.3g}"
         )
     return Group(best.task, best.prompts, best.shots, tuple(ordered), tests, why)
@@ -261,8 +266,9 @@ READING = (
     "Mean ± sample standard deviation over the runs (folds x seeds) of the mean over a run's held-out cases. The runs "
     "of a cross-validation share training cases, so the deviation is no standard error.",
     "Against the best: two-sided Wilcoxon signed-rank test over patients of the mean Dice over classes, cases and "
-    "seeds, against the system with the best mean in the same table; p after Holm's correction over the table. The "
-    "best was chosen by the same figures.",
+    "seeds, against the system that is best in the same table by the mean over patients of just that; p after Holm's "
+    "correction over the table. The best was chosen by the same figures. The mean ± deviation that is shown weighs "
+    "classes and folds, not patients, alike, and may order close systems otherwise.",
     "All figures are over the pairs of case and class that the reference shows, the same for all systems. Strict "
     "policy: a class that was missed there has Dice 0 and the diagonal of the volume as HD95.",
     "Of the pairs of case and class without the class in the reference, over all runs: in how many the system drew it "

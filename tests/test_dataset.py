@@ -74,6 +74,17 @@ def test_fingerprint_sees_contents_and_names(folder):
     assert fingerprint(slices) != before
 
 
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b""), lambda path: path.unlink()])
+def test_what_is_no_archive_has_no_fingerprint_but_where_it_is_skipped(folder, spoil):
+    slices = find_slices(folder)
+    before = fingerprint(slices, skip=True)
+    spoil(slices[1].path)
+    with pytest.raises(InputError, match=slices[1].path.name) as error:
+        fingerprint(slices)
+    assert "\n" not in str(error.value)
+    assert len({before, fingerprint(slices, skip=True), fingerprint(slices[:1] + slices[2:])}) == 3
+
+
 def test_a_sample_depends_on_seed_epoch_and_index_alone(folder):
     slices = find_slices(folder)
     a, b = (SliceDataset(slices, seed=3) for _ in range(2))

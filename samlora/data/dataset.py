@@ -12,6 +12,7 @@ import numpy as np
 
 from samlora.data.augment import Transform, sample_transform
 from samlora.data.grid import Geometry
+from samlora.data.opening import reading
 from samlora.data.volume import read_slice, stack_length
 from samlora.errors import InputError, MissingFileError
 
@@ -212,12 +213,20 @@ def check_patients(chosen: Iterable[str], patients: Mapping[str, str], flag: str
                 )
 
 
-def fingerprint(slices: Sequence[SliceFile]) -> str:
-    """SHA-256 over the names and contents (the archives' own check sums) of training slices."""
+def fingerprint(slices: Sequence[SliceFile], skip: bool = False) -> str:
+    """SHA-256 over the names and contents (the archives' own check sums) of training slices.
+
+    skip: one that is no archive counts by its name alone, where it otherwise raises InputError.
+    """
     digest = hashlib.sha256()
     for item in slices:
-        with zipfile.ZipFile(item.path) as archive:
-            sums = [(member.filename, member.CRC, member.file_size) for member in archive.infolist()]
+        sums = None
+        try:
+            with reading(item.path, "npz archive"), zipfile.ZipFile(item.path) as archive:
+                sums = [(member.filename, member.CRC, member.file_size) for member in archive.infolist()]
+        except InputError:
+            if not skip:
+                raise
         digest.update(repr((item.name, sums)).encode())
     return digest.hexdigest()
 

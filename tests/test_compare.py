@@ -121,6 +121,21 @@ def test_automatic_and_prompted_systems_stand_apart_and_are_marked(finished):
     assert "http" not in page.replace("http-equiv", "") and "<script" not in page
 
 
+def test_names_of_an_ablation_are_shown_whole(finished, browser, tmp_path):
+    config, _ = finished
+    text = (module.Path(config.output) / "report.html").read_text()
+    name = "some_lora_of_the_whole_decoder rank=16 lora_layers=0,1,2,3,4,5,6,7,8,9,10,11"
+    (tmp_path / "report.html").write_text(text.replace(">mine<", f">{name}<"))
+    page = browser.new_page()
+    for width in (700, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.goto(f"file://{tmp_path}/report.html")
+        names = page.locator("th .name", has_text=name)
+        assert names.count() > 3
+        assert names.evaluate_all("all => all.every(e => !e.clientWidth || e.scrollWidth <= e.clientWidth)")
+    page.close()
+
+
 def test_systems_are_ranked_and_tested_only_with_those_that_got_equal_prompts(finished):
     config, groups = finished
     assert [group.prompts for group in groups] == ["", "box"]

@@ -1,5 +1,6 @@
 """Laws of LoRA beyond SAMed's: scales, dropout, DoRA, other targets and ranks, LoRA+."""
 
+import json
 import math
 
 import pytest
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from samlora.errors import InputError
+from samlora.model.build import build_model, load_model
+from samlora.model.checkpoint import save_adapter
 from samlora.model.lora import (
     TARGETS,
     LoRA_linear,
@@ -20,9 +23,10 @@ from samlora.model.lora import (
     merge,
     unmerge,
 )
-from samlora.model.methods import train_only
+from samlora.model.methods import system_options, train_only
 from samlora.model.sam import Sam, build_sam
 from samlora.model.tensors import read_tensors
+from samlora.training.setup import start_from
 
 VARIANTS = {
     "plain": LoRAOptions(4),
@@ -296,6 +300,63 @@ def test_lora_plus_gives_every_b_its_own_rate(sam):
     optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.1, 0.0]
     assert [g["lr_ratio"] for g in optimizer.state_dict()["param_groups"]] == [1, 16, 1]
+
+
+@pytest.mark.parametrize(
+    "given, plain",
+    [
+        ({"ranks": {0: 8}}, {"ranks": [[0, 8]]}),
+        ({"ranks": {"3": 4, "0": 8}}, {"ranks": [[0, 8], [3, 4]]}),
+        ({"ranks": ((1, 2),)}, {"ranks": [[1, 2]]}),
+        ({"targets": "proj"}, {"targets": ["proj"]}),
+        ({"targets": ("v", "q")}, {"targets": ["q", "v"]}),
+        ({"alpha": "1e1", "dropout": 0}, {"alpha": 10.0, "dropout": 0}),
+    ],
+)
+def test_options_of_a_system_have_one_plain_form(given, plain):
+    """What JSON gives back is what went in, so that an adapter's options equal those of its YAML."""
+    options = system_options("samed", given)
+    assert {name: options[name] for name in plain} == plain
+    assert json.loads(json.dumps(options)) == options and system_options("samed", options) == options
+
+
+def test_an_adapter_can_be_continued_with_the_yaml_that_made_it(tmp_path):
+    models = [build_model("samed", "random:1", "vit_ti", 64, 2, options={"ranks": {0: 8}}) for _ in range(2)]
+    save_adapter(models[0], tmp_path / "a.safetensors")
+    start_from(models[1], str(tmp_path / "a.safetensors"))
+    assert load_model(tmp_path / "a.safetensors").spec == models[0].spec
+
+
+@pytest.mark.parametrize(
+    "system, given",
+    [
+        *(("samed", {"alpha": value}) for value in ("abc", "8", 0, -1, math.inf, math.nan, True, [4])),
+        *(("samed", {name: value}) for name in ("dora", "rslora") for value in ("false", "true", 1, None)),
+        *(("samed", {"dropout": value}) for value in (1, -0.1, "0.5", None, True)),
+        *(("samed", {"targets": value}) for value in (None, [], "o", ["q", "o"], 3, {"q": 1}, [["q"]])),
+        *(
+            ("samed", {"ranks": value})
+            for value in (None, 8, [3, 8], [[3]], [[3, 0]], [[-1, 4]], [[3, 4.0]], [["3", 4]])
+        ),
+        *(("samed", {"ranks": value}) for value in ([[3, 4], [3, 8]], {"a": 8}, {0: "8"}, {1.5: 2}, "3: 8")),
+        *(("msa", {"depth": value}) for value in ("2", 2.5, 1, -2, None, True)),
+        *(("msa", {"ratio": value}) for value in (0, "0.25", None, math.inf)),
+        *(("msa", {"scale": value}) for value in ("x", None, math.nan, True)),
+        *(("samus", {name: value}) for name in ("cnn", "adapters") for value in ("false", 0, None)),
+        *(("sam_prompt", {"freeze": value}) for value in (None, "encoder", 3, ["image_encoder", 3])),
+    ],
+)
+def test_options_of_another_type_or_out_of_range_are_one_line(system, given):
+    ((name, value),) = given.items()
+    with pytest.raises(InputError) as error:
+        system_options(system, given)
+    said = str(error.value)
+    assert said.startswith(f"the option {name}=") and ": give " in said and "\n" not in said
+
+
+def test_one_part_can_be_named_to_freeze():
+    assert system_options("sam_prompt", {"freeze": "prompt_encoder"}) == {"freeze": ["prompt_encoder"]}
+    assert LoRAOptions(targets="proj").targets == ("proj",)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What is compared: configurations, with lists of values spread out into variants, and overrides where they fit."""
 
+import functools
 import itertools
 import re
 import typing
@@ -10,17 +11,27 @@ from typing import Any
 
 from samlora.compare.config import COMMON_PROMPTS
 from samlora.errors import InputError
-from samlora.model.checkpoint import find_base
-from samlora.model.methods import System, named_system, system_options, system_row
+from samlora.model.build import check_model, known_variant
+from samlora.model.checkpoint import find_base, recognise_variant
+from samlora.model.methods import System, named_system, system_row
+from samlora.model.tensors import read_tensors
 from samlora.model.variants import VARIANTS
 from samlora.options import make, pairs, read_yaml
 from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.objectives import prompting_of
 
-# What the comparison decides itself, so that all systems get the same.
-OWN = ("root_path", "output", "list_dir", "dataset", "seed", "val_cases", "resume")
-_OF_A_BASE = ("vit_name", "ckpt", "lora_ckpt", "checkpointing", "cache_embeddings")
+# What the comparison decides itself, so that all systems get the same and are measured on what they have not seen.
+OWN = {
+    "root_path": "--data names the data",
+    "output": "--output names the folder of all runs",
+    "list_dir": "the folds say who trains on what",
+    "val_cases": "the folds say who trains on what; give val_fraction",
+    "seed": "--seed and --seeds give them",
+    "resume": "interrupted runs go on by themselves",
+    "lora_ckpt": "an adapter may have been trained on the cases that are held out here",
+}
+_OF_A_BASE = ("vit_name", "ckpt", "checkpointing", "cache_embeddings")
 _OF_LORA = ("rank", "lora_layers", "lora_plus")
 _OF_PROMPTS = ("prompt", "box_jitter", "sample_num", "negative_num", "point_strategy", "max_objects")
 
@@ -68,9 +79,9 @@ def find_variants(sources: Sequence[str], given: Mapping[str, Any]) -> tuple[lis
 
     given: options for all of them. Raises InputError for options that cannot be used, before anything is trained.
     """
-    taken = next((name for name in given if name in OWN), None)
-    if taken:
-        raise InputError(f"--set {taken}={given[taken]}: samlora compare decides it; leave it out")
+    for name in given:
+        if name in OWN:
+            raise InputError(f"--set {name}={given[name]}: is for samlora compare to decide ({OWN[name]}); leave it out")
     if "system" in given or "module" in given:
         raise InputError("--set system: name the systems as configurations, one YAML each")
     variants, notes = [], []
@@ -89,10 +100,10 @@ def find_variants(sources: Sequence[str], given: Mapping[str, Any]) -> tuple[lis
 def _spread(source: str, given: Mapping[str, Any]) -> tuple[list[Variant], list[str]]:
     """All variants of one configuration: every combination of the values in its lists."""
     values, stem, notes = read_yaml(source), Path(source).stem, []
-    own = [name for name in values if name in OWN]
-    if own:
-        notes.append(f"{stem}: {', '.join(own)} of the YAML left out: samlora compare decides it")
-    values = {name: value for name, value in values.items() if name not in OWN}
+    unset = {field.name: (None, [], field.default) for field in fields(TrainConfig)}
+    for name in OWN:
+        if (value := values.pop(name, None)) not in unset[name]:
+            raise InputError(f"{source}: {name} {value}: is for samlora compare to decide ({OWN[name]}); leave it out")
     for name in ("system", "module"):
         if isinstance(values.get(name), list):
             raise InputError(f"{source}: {name} is a list; give one YAML for each system")
@@ -178,16 +189,36 @@ def _told(value: Any) -> str:
 
 def _check(variant: Variant) -> None:
     """Raises InputError, naming the variant, for options that its training would refuse."""
+    row = system_row(variant.system)
     try:
         config = make(TrainConfig, variant.values)
-        if not system_row(variant.system).trains:
+        if not row.trains:
             raise InputError(f"nothing of the system {variant.system} trains; it cannot be compared by training")
-        system_options(variant.system, config.options)
         prompting_of(config, variant.system)
-        alone = {f.name: f.default for f in fields(TrainConfig) if f.name in ("n_gpu", "num_nodes")}
-        for name, usual in alone.items():
-            if getattr(config, name) != usual:
+        usual = {field.name: field.default for field in fields(TrainConfig)}
+        for name in ("n_gpu", "num_nodes"):
+            if getattr(config, name) != usual[name]:
                 raise InputError(f"{name} {getattr(config, name)}: every run trains on one device; see --devices")
-        variant.find_base()  # a missing file is known before the first run
+        for name in ("lora_layers", "lora_plus", "checkpointing", "cache_embeddings"):
+            value = getattr(config, name)
+            if value != usual[name] and not fits(row, name, value):
+                raise InputError(f"{name} {value}: {variant.system} has no such option; leave it out")
+        _check_model(variant, config)
     except InputError as error:
         raise InputError(f"{variant.name}: {error}") from None
+
+
+def _check_model(variant: Variant, config: TrainConfig) -> None:
+    """Raises InputError where there are no base weights, or the options do not fit the model that is made of them."""
+    size = config.vit_name and known_variant(config.vit_name)
+    if config.ckpt == "random" and not size:
+        raise InputError("ckpt random needs vit_name: " + ", ".join(VARIANTS))
+    path = variant.find_base()
+    if path is not None and config.ckpt and not size:
+        size = _variant_in(path)
+    check_model(variant.system, size, config.img_size, config.rank, config.lora_layers or None, config.options)
+
+
+@functools.lru_cache(maxsize=16)
+def _variant_in(path: Path) -> str:
+    return recognise_variant(read_tensors(path)[0], path)

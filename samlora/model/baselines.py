@@ -155,14 +155,8 @@ class VolumeBaseline(Baseline):
         return self.in_channels, *self.roi
 
 
-def build_baseline(name: str, image_size: int, num_masks: int, in_channels: int | None = None) -> Baseline:
-    """Builds a network with random weights; torch.manual_seed decides them.
-
-    name: a key of BASELINES. image_size: S, side of a slice, or of a patch. num_masks: classes and background.
-    in_channels: of the images; None for 3, as slices come, or 1 for patches.
-    Raises InputError for an unknown name, a size or number of channels that the network cannot take, or a package
-    that is missing.
-    """
+def check_baseline(name: str, image_size: int, num_masks: int, in_channels: int | None = None) -> int:
+    """Raises InputError for what `build_baseline` cannot build; returns the channels of its images."""
     if name not in BASELINES:
         raise InputError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")
     row = BASELINES[name]
@@ -177,7 +171,20 @@ def build_baseline(name: str, image_size: int, num_masks: int, in_channels: int 
         raise InputError(f"{in_channels} channels and {num_masks} masks are not possible; give 1 or more of each")
     if row.einops and find_spec("einops") is None:
         raise InputError(f"{name} needs the package einops; install it with: pip install samlora[baselines]")
-    return (VolumeBaseline if row.volumetric else Baseline)(name, image_size, num_masks, in_channels)
+    return in_channels
+
+
+def build_baseline(name: str, image_size: int, num_masks: int, in_channels: int | None = None) -> Baseline:
+    """Builds a network with random weights; torch.manual_seed decides them.
+
+    name: a key of BASELINES. image_size: S, side of a slice, or of a patch. num_masks: classes and background.
+    in_channels: of the images; None for 3, as slices come, or 1 for patches.
+    Raises InputError for an unknown name, a size or number of channels that the network cannot take, or a package
+    that is missing.
+    """
+    in_channels = check_baseline(name, image_size, num_masks, in_channels)
+    kind = VolumeBaseline if BASELINES[name].volumetric else Baseline
+    return kind(name, image_size, num_masks, in_channels)
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import torch
 
 from samlora.errors import InputError
 from samlora.model import checkpoint
-from samlora.model.baselines import build_baseline
+from samlora.model.baselines import build_baseline, check_baseline
 from samlora.model.checkpoint import Base, Spec
 from samlora.model.lora import LoRAOptions, inject_decoder, inject_encoder, translate_adapter
 from samlora.model.methods import System, system_options, system_row, train_only, trained_names
@@ -65,8 +65,7 @@ def build_model(
     if lora_layers is not None and not row.lora:
         raise InputError(f"lora layers {list(lora_layers)}: the system {system} has no LoRA; leave them out")
     if row.network:
-        usual = PATCH_SIZE if row.volumetric else NETWORK_SIZE
-        sam = build_baseline(system, image_size or usual, num_classes + 1, in_channels)
+        sam = build_baseline(system, image_size or _network_size(row), num_classes + 1, in_channels)
         sam.variant, base_name, digest = system, "none", None
         layers: Iterable[int] = ()
     else:
@@ -94,6 +93,31 @@ def build_model(
         options=chosen,
     )
     return sam
+
+
+def check_model(
+    system: str,
+    variant: str | None = None,
+    image_size: int | None = None,
+    rank: int = 4,
+    lora_layers: Iterable[int] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises InputError for what `build_model` would refuse, whatever the weights; needs none of them, nor memory.
+
+    variant: None for the system's own.
+    """
+    row = system_row(system)
+    if row.network:
+        system_options(system, options)
+        check_baseline(system, image_size or _network_size(row), STOCK_MASKS)
+        return
+    with torch.device("meta"):
+        build_model(system, "random:0", variant, image_size, 1, rank, lora_layers, options=options)
+
+
+def _network_size(row: System) -> int:
+    return PATCH_SIZE if row.volumetric else NETWORK_SIZE
 
 
 def _equip(
@@ -139,11 +163,11 @@ def _base(
 ) -> tuple[Sam, str, str | None]:
     """The SAM, the name of its base and the SHA-256 of the base's file."""
     if base == "default":
-        base = checkpoint.find_base(_known(variant or row.variant))
+        base = checkpoint.find_base(known_variant(variant or row.variant))
     if base is not None and not str(base).startswith("random:"):
         sam, digest = checkpoint.load_base(base, variant, image_size, num_masks)
         return sam, Path(str(base)).name, digest
-    variant = _known(variant or row.variant)
+    variant = known_variant(variant or row.variant)
     if base is None:
         # The seed is drawn from torch's generator and kept in the adapter, so that it can be rebuilt.
         seed = int(torch.randint(2**31 - 1, ()))
@@ -159,7 +183,8 @@ def _base(
     return sam, f"random:{seed}", None
 
 
-def _known(variant: str) -> str:
+def known_variant(variant: str) -> str:
+    """The variant. Raises InputError for one that is unknown."""
     if variant not in VARIANTS:
         raise InputError(f"unknown SAM variant {variant!r}; known: {', '.join(VARIANTS)}")
     return variant

@@ -29,7 +29,7 @@ class LoRAOptions:
     rank: of every pair; ranks: {block: rank} where it is another (kept as sorted pairs).
     alpha: B A x is scaled by alpha / rank; None for no scale. rslora: by alpha / sqrt(rank) instead (rsLoRA, arXiv
     2312.03732). dropout: share of A's inputs set to 0 while training. dora: the product turns the weight's rows, their
-    lengths are trained apart (DoRA, arXiv 2402.09353). targets: some of TARGETS; lin1 and lin2 are the block's MLP.
+    lengths are trained apart (DoRA, arXiv 2402.09353). targets: one or some of TARGETS; lin1 and lin2 are the MLP.
     Raises InputError for what is not possible.
     """
 
@@ -38,14 +38,15 @@ class LoRAOptions:
     rslora: bool = False
     dropout: float = 0.0
     dora: bool = False
-    targets: Iterable[str] = ("q", "v")
+    targets: str | Iterable[str] = ("q", "v")
     ranks: Mapping[int, int] | Iterable[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
         pairs = self.ranks.items() if isinstance(self.ranks, Mapping) else self.ranks
         ranks = tuple(sorted((int(block), int(rank)) for block, rank in pairs))
-        wrong = sorted(set(self.targets) - set(TARGETS))
-        if wrong or not tuple(self.targets):
+        targets = {self.targets} if isinstance(self.targets, str) else set(self.targets)
+        wrong = sorted(targets - set(TARGETS))
+        if wrong or not targets:
             raise InputError(f"lora targets {wrong} are not possible; give some of {', '.join(TARGETS)}")
         for rank, place in ((self.rank, ""), *((rank, f" of block {block}") for block, rank in ranks)):
             if rank < 1:
@@ -57,7 +58,7 @@ class LoRAOptions:
         if not 0 <= self.dropout < 1:
             raise InputError(f"lora dropout {self.dropout} is not possible; give a share from 0 to below 1")
         # One order and one form: random numbers, files and comparisons then do not depend on how it was written.
-        object.__setattr__(self, "targets", tuple(name for name in TARGETS if name in set(self.targets)))
+        object.__setattr__(self, "targets", tuple(name for name in TARGETS if name in targets))
         object.__setattr__(self, "ranks", ranks)
 
     def scale(self, rank: int) -> float:
@@ -211,7 +212,7 @@ def inject_encoder(encoder: nn.Module, rank: int | LoRAOptions, layers: Iterable
     """Puts LoRA on the blocks `layers` (all when None) of an image encoder; returns the blocks.
 
     rank: of SAMed's pairs on q and v, or what else is wanted. Raises InputError for a rank below 1, a block that is
-    not there, or an encoder that carries LoRA already.
+    not there or named twice, or an encoder that carries LoRA already.
     """
     return inject_blocks(encoder.blocks, rank, layers)
 
@@ -229,11 +230,14 @@ def inject_blocks(
     """
     options = rank if isinstance(rank, LoRAOptions) else LoRAOptions(rank)
     depth, ranks = len(blocks), dict(options.ranks)
-    chosen = list(range(depth)) if layers is None else sorted(set(layers))
+    chosen = list(range(depth)) if layers is None else sorted(layers)
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
         raise InputError(
             f"lora layers {chosen} do not exist in an encoder of {depth} blocks; allowed: 0 to {depth - 1}"
         )
+    twice = [index for index, following in zip(chosen, chosen[1:]) if index == following]
+    if twice:
+        raise InputError(f"lora layers {chosen} name block {twice[0]} more than once; name each block once")
     if left := ranks.keys() - set(chosen):
         raise InputError(f"lora ranks name block {min(left)}, which gets no LoRA; the lora layers are {chosen}")
     if any(isinstance(module, _Adapted) for index in chosen for module in blocks[index].modules()):

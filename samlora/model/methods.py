@@ -1,6 +1,8 @@
 """One row per system: how it is built and what of it trains."""
 
 import fnmatch
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +12,7 @@ from torch import nn
 from samlora.errors import InputError
 from samlora.model.adapters import ADAPTERS, insert_adapters
 from samlora.model.baselines import BASELINES
+from samlora.model.lora import TARGETS, LoRAOptions
 from samlora.model.sam import Sam
 from samlora.model.samus import base_size, insert_samus, samus_names
 from samlora.prompting import Prompting
@@ -258,22 +261,73 @@ def trained_names(model: nn.Module, system: str, options: Mapping[str, Any] | No
 
 
 def system_options(system: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """All options of a system: those given and the defaults of its row, as plain data.
+    """All options of a system: those given and the defaults of its row, as plain data of one form.
 
-    Raises InputError for one it has not, or a part that `freeze` cannot name.
+    Raises InputError for one it has not, or a value of another type or out of range.
     """
     row = system_row(system)
     for name in given or {}:
         if name not in row.options:
             known = ", ".join(row.options) or "none"
             raise InputError(f"{name}: the system {system} has no such option; it has: {known}")
-    options = {**row.options, **(given or {})}
-    if "freeze" in options:
-        options["freeze"] = list(options["freeze"])
-        unknown = [part for part in options["freeze"] if part not in PARTS]
-        if unknown or set(options["freeze"]) == set(PARTS):
-            raise InputError(f"the option freeze={','.join(options['freeze'])}: give one or two of {', '.join(PARTS)}")
+    options = {name: _plain(name, value) for name, value in {**row.options, **(given or {})}.items()}
+    for name, value in options.items():
+        possible, allowed = _VALUES[name]
+        if not possible(value):
+            raise InputError(f"the option {name}={value!r}: give {allowed}")
+    if row.lora:
+        lora = LoRAOptions(**options)
+        options |= {"targets": list(lora.targets), "ranks": [list(pair) for pair in lora.ranks]}
     return options
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An option's value as a file of JSON would give it back; what is wrong with it stays wrong."""
+    if name in ("targets", "freeze") and isinstance(value, str):
+        return [value]
+    if name == "ranks" and isinstance(value, Mapping):  # keys are text in JSON
+        return [[int(key) if str(key).isdecimal() else key, rank] for key, rank in value.items()]
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        return float(value)  # YAML reads 1e-2 as text
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _switch(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _some_of(value: Any, known: Iterable[str]) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) and item in known for item in value)
+
+
+def _ranks(value: Any) -> bool:
+    """Whether these are pairs of a block and its rank, one for a block."""
+    if not isinstance(value, list):
+        return False
+    if not all(isinstance(pair, list | tuple) and [type(item) for item in pair] == [int, int] for pair in value):
+        return False
+    return len({block for block, _ in value}) == len(value) and all(block >= 0 and rank > 0 for block, rank in value)
+
+
+# What each option can be, and the words for it. What LoRA's may be together, LoRAOptions says.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "alpha": (lambda v: v is None or _number(v) and v > 0, "a number above 0, or leave it out"),
+    "rslora": (_switch, "true or false"),
+    "dropout": (lambda v: _number(v) and 0 <= v < 1, "a share from 0 to below 1"),
+    "dora": (_switch, "true or false"),
+    "targets": (lambda v: _some_of(v, TARGETS) and v, f"some of {', '.join(TARGETS)}"),
+    "ranks": (_ranks, "a rank of 1 or more for each of some blocks, as [[3, 8], [11, 16]] or {3: 8, 11: 16}"),
+    "freeze": (lambda v: _some_of(v, PARTS) and set(v) != set(PARTS), f"one or two of {', '.join(PARTS)}"),
+    "ratio": (lambda v: _number(v) and v > 0, "a number above 0, such as 0.25"),
+    "scale": (_number, "a number, such as 0.5"),
+    "depth": (lambda v: type(v) is int and (v == 0 or v > 1), "0 for 2D, or a whole number of 2 or more slices"),
+    "cnn": (_switch, "true or false"),
+    "adapters": (_switch, "true or false"),
+}
 
 
 def train_only(model: nn.Module, names: Iterable[str]) -> None:

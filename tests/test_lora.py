@@ -126,6 +126,7 @@ def test_real_adapters_load(real_data, tmp_path, rank):
     [
         (lambda: inject_encoder(build_sam("vit_ti", 64).image_encoder, 0), "rank 0"),
         (lambda: inject_encoder(build_sam("vit_ti", 64).image_encoder, 4, [12]), "0 to 11"),
+        (lambda: inject_encoder(build_sam("vit_ti", 64).image_encoder, 4, [3, 0, 3]), "[0, 3, 3] name block 3 more"),
         (lambda: LoRA_sam(LoRA_sam(build_sam("vit_ti", 64), 2).sam, 2), "already"),
         (lambda: LoRA_sam(build_sam("vit_ti", 64), 2).save_lora_parameters("lora.pth"), ".safetensors"),
         (lambda: samlora.build_model("samedx"), "samedx"),

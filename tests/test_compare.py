@@ -72,7 +72,7 @@ def data(shared_path):
 @pytest.fixture(scope="module")
 def systems(shared_path):
     """An automatic system and a prompted one."""
-    (shared_path / "mine.yaml").write_text("system: samed\nrank: 2\nval_cases: [b_1]\nwarmup_period: 1\n")
+    (shared_path / "mine.yaml").write_text("system: samed\nrank: 2\nwarmup_period: 1\n")
     (shared_path / "asked.yaml").write_text("system: medsam_decoder\nprompt: box\naugment: none\n")
     return [str(shared_path / "mine.yaml"), str(shared_path / "asked.yaml")]
 
@@ -117,7 +117,7 @@ def test_automatic_and_prompted_systems_stand_apart_and_are_marked(finished):
         page.count(f'title="{name}">{name}</span><span class="mark">prompted</span>') for name in ("asked", "mine")
     )
     assert asked >= 3 and mine == 0
-    assert "asked (prompted: box)" in page and "val_cases of the YAML left out" in text
+    assert "asked (prompted: box)" in page
     assert "http" not in page.replace("http-equiv", "") and "<script" not in page
 
 
@@ -363,7 +363,14 @@ def test_overrides_go_where_they_fit_and_it_is_said():
 @pytest.mark.parametrize(
     ("sources", "given", "message"),
     [
-        (["unet"], {"seed": 3}, "--set seed=3: samlora compare decides it"),
+        (["unet"], {"seed": 3}, "--set seed=3: is for samlora compare to decide .--seed and --seeds"),
+        (
+            ["samed"],
+            {"lora_ckpt": "a.safetensors"},
+            "--set lora_ckpt=a.safetensors: .* trained on the cases .* held out",
+        ),
+        (["samed"], {"resume": True}, "--set resume=True: .* go on by themselves.; leave it out"),
+        (["samed"], {"output": "there"}, "--set output=there: is for samlora compare to decide"),
         (["unet"], {"system": "samed"}, "name the systems as configurations"),
         (["unet", "unet"], {}, "two systems are called unet"),
         (["unet"], {"base_lrr": 3}, "unet: --base_lrr is no option; did you mean base_lr"),
@@ -375,6 +382,22 @@ def test_overrides_go_where_they_fit_and_it_is_said():
 def test_what_cannot_be_compared_is_known_before_anything_trains(sources, given, message):
     with pytest.raises(InputError, match=message):
         find_variants(sources, given)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["lora_ckpt: a.safetensors", "lora_ckpt: [a, b]", "root_path: there", "output: there", "resume: true", "seed: [1, 2]",
+     "val_cases: [b_1]", "list_dir: lists"],
+)  # fmt: skip
+def test_what_the_comparison_decides_is_refused_in_a_yaml(tmp_path, line):
+    (tmp_path / "mine.yaml").write_text(f"system: samed\nvit_name: vit_ti\n{line}\n")
+    with pytest.raises(
+        InputError, match=f"mine.yaml: {line.split(':')[0]} .* is for samlora compare to decide"
+    ) as error:
+        find_variants([str(tmp_path / "mine.yaml")], {})
+    assert "\n" not in str(error.value)
+    (tmp_path / "mine.yaml").write_text("vit_name: vit_ti\nlora_ckpt: null\nval_cases: []\nseed: 1234\nresume: false\n")
+    assert not find_variants([str(tmp_path / "mine.yaml")], {})[0][0].values.keys() & {"lora_ckpt", "val_cases", "seed"}
 
 
 def test_options_of_the_command_are_checked():

@@ -26,6 +26,7 @@ OWN = {
     "root_path": "--data names the data",
     "output": "--output names the folder of all runs",
     "list_dir": "the folds say who trains on what",
+    "dataset": "--data names it",
     "val_cases": "the folds say who trains on what; give val_fraction",
     "seed": "--seed and --seeds give them",
     "resume": "interrupted runs go on by themselves",
@@ -79,9 +80,9 @@ def find_variants(sources: Sequence[str], given: Mapping[str, Any]) -> tuple[lis
 
     given: options for all of them. Raises InputError for options that cannot be used, before anything is trained.
     """
-    for name in given:
+    for name, value in given.items():
         if name in OWN:
-            raise InputError(f"--set {name}={given[name]}: is for samlora compare to decide ({OWN[name]}); leave it out")
+            raise InputError(f"--set {name}={value}: is for samlora compare to decide ({OWN[name]}); leave it out")
     if "system" in given or "module" in given:
         raise InputError("--set system: name the systems as configurations, one YAML each")
     variants, notes = [], []
@@ -101,9 +102,10 @@ def _spread(source: str, given: Mapping[str, Any]) -> tuple[list[Variant], list[
     """All variants of one configuration: every combination of the values in its lists."""
     values, stem, notes = read_yaml(source), Path(source).stem, []
     unset = {field.name: (None, [], field.default) for field in fields(TrainConfig)}
-    for name in OWN:
-        if (value := values.pop(name, None)) not in unset[name]:
-            raise InputError(f"{source}: {name} {value}: is for samlora compare to decide ({OWN[name]}); leave it out")
+    for name, why in OWN.items():
+        value = values.pop(name, None)
+        if value not in unset[name] and name != "dataset":  # that is but a part of a folder's name
+            raise InputError(f"{source}: {name} {value}: is for samlora compare to decide ({why}); leave it out")
     for name in ("system", "module"):
         if isinstance(values.get(name), list):
             raise InputError(f"{source}: {name} is a list; give one YAML for each system")

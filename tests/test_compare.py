@@ -19,7 +19,7 @@ from samlora.compare.compare import compare
 from samlora.compare.config import CompareConfig
 from samlora.compare.drawing import Axis, Line, plot
 from samlora.compare.folds import make_folds
-from samlora.compare.job import Job, prompts_told, read_held
+from samlora.compare.job import Job, prompts_told, read_held, run_job
 from samlora.compare.results import Entry, Run, grouped, of_task
 from samlora.compare.running import run_all
 from samlora.compare.variants import find_variants
@@ -245,6 +245,69 @@ def test_a_run_that_fails_is_named_and_the_others_are_in_the_table(data, systems
     config = CompareConfig(data=str(data), output=str(tmp_path / "out"), folds=2, jobs=0, set=SMALL)
     with pytest.raises(InputError, match="no run succeeded; the first: mine, fold 0, seed 1234: no luck with mine"):
         compare(systems, config)
+
+
+def test_what_nobody_foresaw_fails_one_run_and_leaves_its_traceback(data, systems, tmp_path, monkeypatch):
+    def fails(job, own_process=True):
+        if job.name == "mine":
+            raise TypeError("no such\nthing")
+        run_job(job, own_process)
+
+    monkeypatch.setattr("samlora.compare.running.run_job", fails)
+    given = SMALL | {"max_iterations": 1}
+    config = CompareConfig(data=str(data), output=str(tmp_path / "out"), folds=2, jobs=0, set=given, pictures=0)
+    with pytest.raises(InputError, match="2 of 4 runs failed.*: TypeError: no such thing; see .*output.txt") as error:
+        compare(systems, config)
+    assert "\n" not in str(error.value)
+    assert "Traceback" in (tmp_path / "out/runs/mine/fold0_seed1234/output.txt").read_text()
+    assert {row["system"] for row in rows_of(tmp_path / "out/summary.csv")} == {"asked"}
+
+
+def test_a_run_that_another_process_finished_has_not_failed(data, systems, tmp_path, monkeypatch):
+    def late(job, own_process=True):
+        run_job(job, own_process)
+        raise InputError("the folder is in use")
+
+    monkeypatch.setattr("samlora.compare.running.run_job", late)
+    given = SMALL | {"max_iterations": 1}
+    config = CompareConfig(data=str(data), output=str(tmp_path / "out"), folds=2, jobs=0, set=given, pictures=0)
+    (group,) = compare(systems[:1], config)
+    assert len(group.entries[0].runs) == 2
+
+
+SLEEPS = "import sys, time; print('ready', flush=True); time.sleep(60)"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+def test_a_closed_terminal_ends_the_runs_as_sigterm_does(tmp_path, monkeypatch):
+    started = []
+
+    def start(job, slots, gpu):
+        started.append(subprocess.Popen([sys.executable, "-c", SLEEPS], stdout=subprocess.PIPE))
+        started[-1].stdout.readline()
+        signal.raise_signal(signal.SIGHUP)
+
+    monkeypatch.setattr("samlora.compare.running._start", lambda *given: start(*given) or started[-1])
+    job = Job("one", tmp_path, 0, 1, None, {}, (), (), (), False, "", None)
+    former = signal.getsignal(signal.SIGHUP)
+    try:
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+            run_all([job], 1, (), lambda *_: None)
+    finally:
+        started[0].kill()
+        started[0].communicate()
+    assert signal.getsignal(signal.SIGHUP) == former
+
+
+def test_a_run_ends_when_the_command_is_killed():
+    child = f"import sys; from samlora.compare.job import end_with; end_with(int(sys.argv[1])); {SLEEPS}"
+    command = f"import subprocess, sys, os; subprocess.run([sys.executable, '-c', {child!r}, str(os.getpid())])"
+    with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.kill()
+        began = time.monotonic()
+        process.stdout.read()  # ends with the last process that could write there
+        assert time.monotonic() - began < 30
 
 
 @pytest.mark.soak

@@ -75,10 +75,12 @@ def compare(sources: Sequence[str], config: CompareConfig) -> list[Group]:
     waiting = [job for job in jobs if job not in done]
     for job in waiting:
         job.write()
-    failed: list[str] = []
+    told: list[tuple[Job, str]] = []
     slots = (len(config.gpus) or 1) if config.jobs is None else config.jobs
-    run_all(waiting, slots, config.gpus, _teller(journal, len(jobs), len(done), failed))
+    run_all(waiting, slots, config.gpus, _teller(journal, len(jobs), len(done), told))
     runs = [Run(job, result) for job in jobs if (result := job.result()) is not None]
+    finished = [run.job.folder for run in runs]
+    failed = [problem for job, problem in told if job.folder not in finished]  # another process may have done it since
     if not runs:
         raise InputError(f"no run succeeded; the first: {failed[0]}")
     if failed:
@@ -167,7 +169,7 @@ def _refuse_others(jobs: Sequence[Job], overwrite: bool) -> None:
         shutil.rmtree(job.folder)
 
 
-def _teller(journal: Journal, total: int, begun: int, failed: list[str]) -> Callable[[Job, str], None]:
+def _teller(journal: Journal, total: int, begun: int, failed: list[tuple[Job, str]]) -> Callable[[Job, str], None]:
     """What is said when a run has ended; failures are collected."""
     ended = begun
 
@@ -177,9 +179,9 @@ def _teller(journal: Journal, total: int, begun: int, failed: list[str]) -> Call
         size = "" if job.shots is None else f", {job.shots} cases"
         title = f"{ended}/{total} {job.name}, fold {job.fold}, seed {job.seed}{size}"
         result = job.result()
-        if problem or result is None:
+        if result is None:  # one that is there was written last, and whole, whatever was said after it or by whom
             problem = problem or "it left no result"
-            failed.append(f"{job.name}, fold {job.fold}, seed {job.seed}{size}: {problem}")
+            failed.append((job, f"{job.name}, fold {job.fold}, seed {job.seed}{size}: {problem}"))
             journal.say(f"{title}: failed: {problem}")
             return
         entries, shown = collect([Run(job, result)]), measures("mm")[0]

@@ -1,13 +1,17 @@
-"""One run of a comparison: trained on its cases, measured on those held out. `python -m samlora.compare.job FOLDER`.
+"""One run of a comparison: trained on its cases, measured on those held out.
 
-In its folder: job.json (what it is made from, written first), train.txt (the slices), the run folder of training, what
-it printed, predictions.npz, and result.json, written last, so that a job that has it is done.
+`python -m samlora.compare.job FOLDER PID` does it while the process PID lives. In its folder: job.json (what it is
+made from, written first), train.txt (the slices), the run folder of training, what it printed, predictions.npz, and
+result.json, written last, so that a job that has it is done.
 """
 
 import dataclasses
 import json
 import math
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +37,7 @@ PLACE = (
 )  # fmt: skip
 MEASURED_WITH = "measured_with"  # the prompts, among what a result depends on
 _FORMAT = 1
+_WATCH = 0.5  # seconds between looks at whether the command still lives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,9 +301,28 @@ def _with_nan(result: dict) -> dict:
     return result
 
 
+def end_with(parent: int) -> None:
+    """Sends this process SIGTERM once the process that started it is gone, so that training does not go on unseen.
+
+    A command that is killed cannot tell its runs; that they have another parent then tells them, on Linux and macOS.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> int:
-    """Runs the job of the folder that is named; 2 after one line about input that cannot be used."""
+    """Runs the job of the folder that is named, as long as the process lives that is named after it.
+
+    2 after one line about input that cannot be used.
+    """
     keep_freed_memory()
+    if len(sys.argv) > 2:
+        end_with(int(sys.argv[2]))
     try:
         run_job(Job.read(Path(sys.argv[1])))
     except InputError as error:

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from samlora.compare.job import Job, run_job
 from samlora.errors import InputError
 
 _POLL = 0.1  # seconds between looks at the processes
+_LINE = 160  # letters of an error that a line has room for
 Done = Callable[[Job, str], None]
 
 
@@ -21,20 +23,16 @@ def run_all(jobs: Sequence[Job], slots: int, gpus: Sequence[int], done: Done) ->
     """Runs the jobs, `slots` at a time; 0 means in this process.
 
     gpus: the slots are dealt to them in turn; without any, a run takes what it finds. done: told of every job when it
-    has ended, with what went wrong, or "". One that fails keeps none of the others from running. On SIGINT or SIGTERM
-    the runs in progress finish their step and save, and the next call goes on with them.
+    has ended, with what went wrong, or "". One that fails keeps none of the others from running. On SIGINT, SIGTERM or
+    SIGHUP (a closed terminal) the runs in progress finish their step and save, and the next call goes on with them.
     """
     if slots == 0:
-        for job in jobs:
-            problem = ""
-            try:
-                run_job(job, own_process=False)
-            except InputError as error:
-                problem = str(error)
-            done(job, problem)
+        with _handled(_hang_up()):
+            for job in jobs:
+                done(job, _tried(job))
         return
     waiting, running = list(jobs), {}
-    with _stopping():
+    with _handled({signal.SIGTERM: _stop, **_hang_up()}):
         try:
             while waiting or running:
                 for slot in range(slots):
@@ -52,6 +50,20 @@ def run_all(jobs: Sequence[Job], slots: int, gpus: Sequence[int], done: Done) ->
             raise
 
 
+def _tried(job: Job) -> str:
+    """Runs a job in this process: why it failed, or "". The traceback of what nobody foresaw goes to its output.txt."""
+    try:
+        run_job(job, own_process=False)
+    except InputError as error:
+        return str(error)
+    except Exception as error:
+        with open(job.folder / "output.txt", "a", encoding="utf-8") as output:
+            traceback.print_exc(file=output)
+        told = " ".join("".join(traceback.format_exception_only(error)).split())
+        return f"{told[:_LINE]}; see {job.folder / 'output.txt'}"
+    return ""
+
+
 def _start(job: Job, slots: int, gpu: int | None) -> subprocess.Popen:
     """The process of a job. What it prints goes to output.txt in the job's folder."""
     environment = dict(os.environ)
@@ -67,7 +79,7 @@ def _start(job: Job, slots: int, gpu: int | None) -> subprocess.Popen:
         environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible else str(gpu)
     with open(job.folder / "output.txt", "a", encoding="utf-8") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "samlora.compare.job", str(job.folder)],
+            [sys.executable, "-m", "samlora.compare.job", str(job.folder), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -83,7 +95,7 @@ def _problem(job: Job, code: int) -> str:
     printed = (job.folder / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     if code == 2 and printed and printed[-1].startswith("samlora: "):
         return printed[-1].removeprefix("samlora: ")
-    last = printed[-1].strip()[:160] if printed else "it printed nothing"
+    last = printed[-1].strip()[:_LINE] if printed else "it printed nothing"
     return f"its process ended with code {code} ({last}); see {job.folder / 'output.txt'}"
 
 
@@ -100,18 +112,33 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
         raise
 
 
+def _stop(number: int, _frame: object) -> None:
+    """Makes a signal an exception, so that the runs are not left behind."""
+    raise SystemExit(128 + number)
+
+
+def _hang_up() -> dict[int, Callable]:
+    """What makes SIGHUP do what SIGTERM does; nothing where the system has no such signal or nohup ignores it."""
+    if not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        return {}
+
+    def terminate(number: int, _frame: object) -> None:
+        # A closing terminal sends it twice, by itself and by the shell, and a second SIGTERM would end runs unsaved.
+        signal.signal(number, signal.SIG_IGN)
+        signal.raise_signal(signal.SIGTERM)
+
+    return {signal.SIGHUP: terminate}
+
+
 @contextlib.contextmanager
-def _stopping() -> Iterator[None]:
-    """Makes SIGTERM an exception, so that the runs are not left behind."""
-
-    def stop(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
+def _handled(handlers: Mapping[int, Callable]) -> Iterator[None]:
+    """Handles signals for a while; not outside the main thread, where Python allows no handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = signal.signal(signal.SIGTERM, stop)
+    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)

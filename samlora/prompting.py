@@ -12,7 +12,8 @@ class Prompting:
     prompt: "no": none; "box": the object's box; "full_box": the whole image; "pt": points; "pt_box": both; "any": box,
     pt or pt_box by chance. box_jitter: most pixels of the model's input by which each side of a box is moved.
     sample_num: points on the object; negative_num: beside it. point_strategy: how points after the first are chosen:
-    "random", "entropy" (where the prediction is least sure) or "distance" (farthest from the points so far).
+    "random", "entropy" (where the answer to the first is least sure), "distance" (farthest from the points so far) or
+    "centre" (the middle-most first, then as "distance").
     max_objects: of an image and step. parts: each connected part of a class is an object of its own.
     """
 

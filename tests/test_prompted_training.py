@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,13 +11,18 @@ import torch
 
 import samlora
 from samlora.cli import main
-from samlora.data.dataset import find_slices
+from samlora.data.augment import Transform
+from samlora.data.dataset import Sample, find_slices
+from samlora.data.frame import Frame
 from samlora.data.volume import write_medsam, write_slice
 from samlora.errors import InputError
+from samlora.inference.prompted import in_turn, predict_prompted
 from samlora.model.tensors import read_tensors
 from samlora.options import make, read_yaml, write_yaml
+from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.loop import train
+from samlora.training.objectives import make_objective
 
 COMMON = {"vit_name": "vit_ti", "img_size": 64, "batch_size": 2, "num_classes": 2, "device": "cpu", "warmup": False, "schedule": "constant"}
 
@@ -118,6 +124,69 @@ def test_options_of_a_system_are_in_the_adapter(data, tmp_path):
 )
 def test_flags_carry_every_option(text, value):
     assert make(TrainConfig, {"options": [text]}).options == {text.partition("=")[0]: value}
+
+
+class Asked(torch.nn.Module):
+    """A model that keeps what it was asked for; the wrapped one answers."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.asked = model, []
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.model, name)
+
+    def forward(self, images, prompts=None, *more, **named):
+        self.asked.append(prompts)
+        return self.model(images, prompts, *more, **named)
+
+
+@pytest.mark.parametrize("prompt", ["pt", "pt_box"])
+def test_entropy_is_measured_as_it_is_trained(prompt):
+    """After the first point, both ask, and place the others where that answer is least sure: at the same places."""
+    model = Asked(samlora.build_model("sam_lora", "random:1", "vit_ti", 64, num_classes=1).eval())
+    label = np.zeros((1, 64, 64), np.uint8)
+    label[0, 10:40, 12:50] = 1
+    image = np.random.default_rng(0).random(label.shape, dtype=np.float32)
+    options = {"prompt": prompt, "sample_num": 3, "negative_num": 1, "point_strategy": "entropy", "box_jitter": 0}
+    objective = make_objective(make(TrainConfig, options), model)
+    predict_prompted(model, image, label, objective.prompting)
+    first, then = model.asked
+    assert first.points.shape == (1, 2, 2) and first.labels.tolist() == [[1, 0]]
+    assert then.points.shape == (1, 4, 2) and torch.equal(then.points[:, :2], first.points)
+
+    with torch.no_grad():
+        answer = model.model(torch.from_numpy(image)[None].expand(1, 3, -1, -1), first)[0, 0]
+        doubt = answer.sigmoid().sub(0.5).abs()
+    cols, rows = ((then.points[0, 2:] + 0.5) / 4 - 0.5).round().long().T
+    assert doubt[rows[0], cols[0]] == doubt.min()
+    assert then.labels[0, 2:].tolist() == Frame(64, 64, 64, pad=True).label(label[0])[rows, cols].tolist()
+
+    model.asked.clear()
+    objective(model, [Sample("s", image[0], label[0], Transform(), (0, 0))], 1, None)
+    trained = [prompts.points for prompts in model.asked]
+    assert [points.shape[1] for points in trained] == [2, 4] and torch.equal(trained[1][:, :2], trained[0])
+
+
+def test_one_point_has_no_answer_to_go_by():
+    assert in_turn(Prompting("pt", point_strategy="entropy")) == (Prompting("pt"), 0)
+    assert in_turn(Prompting("pt", sample_num=4, point_strategy="entropy")) == (Prompting("pt"), 3)
+    assert in_turn(Prompting("pt", sample_num=4)) == (Prompting("pt", sample_num=4), 0)
+
+
+def test_nothing_is_imported_once_the_clock_runs(monkeypatch):
+    """--max_seconds is for steps: MONAI takes seconds to import."""
+    for system in ("medsam_decoder", "sam_prompt"):
+        model = samlora.build_model(system, "random:1", "vit_ti", 64, num_classes=1)
+        objective = make_objective(TrainConfig(), model)
+        label = np.zeros((64, 64), np.uint8)
+        label[10:40, 12:50] = 1
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, "monai.losses", None)
+            objective(model, [Sample("s", label / np.float32(2), label, Transform(), (0, 0))], 1, None)
 
 
 REFUSED = {

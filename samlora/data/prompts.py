@@ -125,14 +125,19 @@ def sample_points(
     """Points (positive + negative, 2) and labels int64, 1 on the mask and 0 beside it, by one of STRATEGIES.
 
     "random"; "distance": each the farthest from those before; "centre": the centre-most pixel first, then as
-    "distance"; "entropy": all where `probability`, (H, W), is least sure, and the mask says which label; without a
-    probability as "random". Of a mask that fills the image the negative points are (0, 0) with label -1: no point.
-    Raises InputError for an empty mask or an unknown strategy.
+    "distance"; "entropy": all where `probability`, (H, W), is least sure, and the mask says which label. Of a mask that
+    fills the image the negative points are (0, 0) with label -1: no point.
+    Raises InputError for an empty mask, an unknown strategy, or "entropy" without a probability.
     """
     if strategy not in STRATEGIES:
         raise InputError(f"point strategy {strategy!r} is unknown; allowed: {', '.join(STRATEGIES)}")
     _places(mask)
-    if strategy == "entropy" and probability is not None:
+    if strategy == "entropy":
+        if probability is None:
+            raise InputError(
+                "point strategy 'entropy' goes by the probabilities that a model answered, and there are none; give "
+                f"them, or one of: {', '.join(name for name in STRATEGIES if name != 'entropy')}"
+            )
         points = uncertain_points(probability, positive + negative, generator)
         return points, _at(mask, points).astype(np.int64)
     parts, labels = [], []

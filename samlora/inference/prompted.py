@@ -1,7 +1,7 @@
 """Slices through a system with prompts, which are drawn from a reference as a person would give them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,37 @@ def draw_prompt(
         )
         points = frame.points(points)
     return DrawnPrompt(box, points, labels)
+
+
+def in_turn(prompting: Prompting) -> tuple[Prompting, int]:
+    """How prompts are drawn before a model was asked, and how many points follow from what it answers (`least_sure`).
+
+    Only the strategy "entropy" has any, those on the object but the first, which is random: where a prompt has one
+    point there is no answer to go by, and "entropy" is "random".
+    """
+    if prompting.point_strategy != "entropy":
+        return prompting, 0
+    later = max(0, prompting.sample_num - 1) if "pt" in prompting.prompt else 0
+    return replace(prompting, sample_num=prompting.sample_num - later, point_strategy="random"), later
+
+
+def least_sure(prompts: Prompts, logits: Tensor, targets: Tensor, inside: Tensor, count: int, side: int) -> Prompts:
+    """The prompts with `count` more points each, where the answer to them, logits (P, L, L), is least sure.
+
+    targets: (P, L, L), above 0 on the object: on which side of it a point lies, it says (the study of SAMUS, arXiv
+    2309.06824). inside: (P, L, L) bool, false in the padding. side: S of the model's square.
+    """
+    probability = logits.float().sigmoid().masked_fill(~inside, 0).cpu().numpy()
+    places, labels = [], []
+    for one, target in zip(probability, targets.cpu().numpy() > 0):
+        found = from_masks.uncertain_points(one, count, np.random.default_rng(0), apart=3)
+        cols, rows = found.astype(int).T
+        places.append((found + 0.5) * (side / logits.shape[-1]) - 0.5)
+        labels.append(target[rows, cols])
+    more = torch.from_numpy(np.stack(places).astype(np.float32)).to(prompts.points)
+    marks = torch.from_numpy(np.stack(labels)).to(prompts.labels)
+    points, marked = torch.cat([prompts.points, more], dim=1), torch.cat([prompts.labels, marks], dim=1)
+    return Prompts(points, marked, prompts.boxes, prompts.masks, prompts.image_index)
 
 
 def as_prompts(
@@ -120,7 +151,9 @@ def predict_prompted(
 
     Every class of the reference that a slice shows (with `prompting.parts` every connected part of it) is asked for by
     one prompt, without jitter; where masks overlap, the surest wins. What the reference does not show is not asked for,
-    so figures are those of a user who knows what is there. image: (D, H, W) or (D, H, W, C) float32 in 0..1.
+    so figures are those of a user who knows what is there. The points of "entropy" are placed as in training: the
+    first by chance, the model is asked, and the others lie where its answer is least sure; of one point alone, it is
+    the random one. image: (D, H, W) or (D, H, W, C) float32 in 0..1.
     reference: (D, H, W) integer. input_size, with_neighbours: as in `slices.predict_slices`. Prompts depend on the seed
     and the slice alone.
     """
@@ -128,19 +161,27 @@ def predict_prompted(
     frame = Frame(height, width, model.image_size, row.pad, input_size, model.logit_side)
     result = np.zeros(image.shape[:3], np.uint8)
     shown = [index for index in range(len(image)) if reference[index].any()]
+    first, later = in_turn(prompting)
     for start in range(0, len(shown), batch_size):
         indices = shown[start : start + batch_size]
-        drawn, where, labels = [], [], []
+        drawn, where, labels, masks = [], [], [], []
         for number, index in enumerate(indices):
             generator = np.random.default_rng([seed, 5, index])
             for label, mask in from_masks.objects(reference[index], parts=prompting.parts):
-                drawn.append(draw_prompt(mask, prompting, frame, generator, jitter=False))
+                drawn.append(draw_prompt(mask, first, frame, generator, jitter=False))
+                masks.append(mask)
                 where.append(number)
                 labels.append(label)
         with torch.autocast(torch.device(device).type, precision, enabled=precision != torch.float32):
             encoded = encode_slices(model, image, indices, frame, with_neighbours)
             embeddings = torch.stack([encoded[index] for index in indices])
-            answer = model(None, as_prompts(drawn, where, prompting, device), embeddings)[:, 0]
+            prompts = as_prompts(drawn, where, first, device)
+            answer = model(None, prompts, embeddings)[:, 0]
+            if later:
+                targets = torch.from_numpy(frame.label(np.stack(masks))).to(device)
+                inside = torch.from_numpy(frame.inside).to(device)
+                prompts = least_sure(prompts, answer, targets, inside, later, model.image_size)
+                answer = model(None, prompts, embeddings)[:, 0]
         logits = frame.logits(answer)
         for number, index in enumerate(indices):
             own = [n for n, image_number in enumerate(where) if image_number == number]

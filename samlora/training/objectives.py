@@ -13,13 +13,14 @@ from samlora.data.dataset import Sample
 from samlora.data.patches import patch_batch
 from samlora.engine import sum_over_processes
 from samlora.errors import InputError
+from samlora.inference.prompted import in_turn, least_sure
 from samlora.model.baselines import Baseline
 from samlora.model.methods import system_row
 from samlora.model.sam import Sam
 from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.losses import dice_ce
-from samlora.training.prompting import Objects, draw_objects, least_sure
+from samlora.training.prompting import Objects, draw_objects
 
 _NOTHING = -30.0  # a logit beyond every doubt, whose loss rounds to 0
 
@@ -102,6 +103,12 @@ class Masks(Objective):
 
     parts = ("loss_dice", "loss_bce")
 
+    def __init__(self, config, model, prompting):
+        from monai.losses import DiceLoss  # here, before the clock of training runs: it takes seconds
+
+        super().__init__(config, model, prompting)
+        self._dice_loss = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")
+
     def __call__(self, model, batch, own, total, embeddings=None):
         images = self._inputs(model, batch)[0] if embeddings is None else None
         objects = self._objects(model, batch, images, embeddings)
@@ -115,21 +122,23 @@ class Masks(Objective):
         self, model: Any, batch: Sequence[Sample], images: Tensor | None, embeddings: Tensor | None
     ) -> Objects:
         """What the prompts of this batch ask for, on the model's device."""
-        device, asked = next(model.parameters()).device, self.prompting
-        later = asked.sample_num - 1 if asked.point_strategy == "entropy" and "pt" in asked.prompt else 0
-        asked = replace(asked, sample_num=asked.sample_num - later)
+        device, (asked, later) = next(model.parameters()).device, in_turn(self.prompting)
         objects = draw_objects(batch, asked, self.spec.image_size, self.row.pad, self.config.seed, device, self.low)
         if later:
             with torch.no_grad():
                 masks = model(images, objects.prompts, embeddings, details=True).masks[:, 0]
-            objects = least_sure(objects, masks, later, self.spec.image_size)
+            prompts = least_sure(objects.prompts, masks, objects.targets, objects.inside, later, self.spec.image_size)
+            objects = replace(objects, prompts=prompts)
         return objects
 
     def _each(self, masks: Tensor, iou: Tensor, objects: Objects) -> list[Tensor]:
         """For every part of the loss its value for each mask, (P,)."""
         logits = masks.float().masked_fill(~objects.inside, _NOTHING)
         bce = F.binary_cross_entropy_with_logits(logits, objects.targets, reduction="none")
-        return [_dice(logits, objects.targets), bce.sum((1, 2)) / objects.inside.sum((1, 2))]
+        return [self._dice(logits, objects.targets), bce.sum((1, 2)) / objects.inside.sum((1, 2))]
+
+    def _dice(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self._dice_loss(logits[:, None], targets[:, None]).flatten()
 
     def _sum(self, parts: dict[str, Tensor]) -> Tensor:
         return sum(parts.values())
@@ -140,15 +149,19 @@ class FocalDiceIoU(Masks):
 
     parts = ("loss_focal", "loss_dice", "loss_iou")
 
-    def _each(self, masks, iou, objects):
+    def __init__(self, config, model, prompting):
         from monai.losses import FocalLoss
 
+        super().__init__(config, model, prompting)
+        self._focal_loss = FocalLoss(gamma=2.0, alpha=0.25, reduction="none")
+
+    def _each(self, masks, iou, objects):
         logits = masks.float().masked_fill(~objects.inside, _NOTHING)
-        focal = FocalLoss(gamma=2.0, alpha=0.25, reduction="none")(logits[:, None], objects.targets[:, None])[:, 0]
+        focal = self._focal_loss(logits[:, None], objects.targets[:, None])[:, 0]
         drawn, truth = logits.detach() > 0, objects.targets > 0
         shared, either = (drawn & truth).sum((1, 2)), (drawn | truth).sum((1, 2))
         error = (iou.float() - shared / either.clamp(min=1)).square()
-        return [focal.sum((1, 2)) / objects.inside.sum((1, 2)), _dice(logits, objects.targets), error]
+        return [focal.sum((1, 2)) / objects.inside.sum((1, 2)), self._dice(logits, objects.targets), error]
 
     def _sum(self, parts):
         return 20 * parts["loss_focal"] + parts["loss_dice"] + parts["loss_iou"]
@@ -202,13 +215,6 @@ def prompting_of(config: TrainConfig, system: str) -> Prompting:
             "--sample_num 2 or more"
         )
     return prompting
-
-
-def _dice(logits: Tensor, targets: Tensor) -> Tensor:
-    from monai.losses import DiceLoss
-
-    loss = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")
-    return loss(logits[:, None], targets[:, None]).flatten()
 
 
 def _mean_of_masks(each: Sequence[Tensor], counts: Tensor, total: int | None) -> list[Tensor]:

@@ -149,6 +149,7 @@ WARNINGS = {
     "another range": (lambda d: change_images(d, "p1_a", lambda x: x / 50), "p1_a (0..0.02): a range of values"),
     "flat": (lambda d: change_images(d, "p1_a", lambda x: x * 0), "p1_a: every pixel"),
     "sizes": (lambda d: rewrite(slice_file(d), image=np.random.default_rng(0).random((20, 16)), label=np.zeros((20, 16), int)), "2 sizes, 14 x 16 to 20 x 16"),
+    "sizes in a case": (lambda d: rewrite(slice_file(d), image=np.random.default_rng(0).random((20, 16)), label=np.zeros((20, 16), int)), "p0_a: slices of several sizes in one case"),
     "background": (lambda d: [change_labels(d, ["p1_a", "p2_a"], 0), rewrite(slice_file(d), label=np.zeros((14, 16), int)), rewrite(slice_file(d, n=2), label=np.zeros((14, 16), int))], "92 % of the training slices"),
     "one patient": (lambda d: edit_recipe(d, patient=r"(p)[012]"), "one training patient only"),
     "no test cases": (lambda d: [shutil.rmtree(d / "test_vol_h5"), (d / "cases" / "p3_a.json").unlink()], "no test cases"),

@@ -1,15 +1,27 @@
-"""Processes that read slices: they end with the run, however it ends."""
+"""Slices as they come: the processes that read them end with the run; those of a case may differ in size."""
 
 import contextlib
+import csv
 import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from samlora.data.dataset import find_slices
 from samlora.data.volume import write_slice
+from samlora.errors import InputError
+from samlora.options import make
+from samlora.prompting import Prompting
+from samlora.training.config import TrainConfig
+from samlora.training.loop import train
+from samlora.training.reading import BadSamples
+from samlora.training.setup import Data, make_fabric
+from samlora.training.validation import stacked, validate
 
 SCRIPT = """
 import contextlib
@@ -78,3 +90,68 @@ def test_workers_end_with_the_run(tmp_path, way, code, said):
     assert len(pids.split()) == 2
     if way == "a worker is killed":
         assert errors.count("\n") == 1, errors
+
+
+SIZES = [(24, 32), (32, 32), (24, 32), (40, 32)]
+
+
+def write_case(folder, case, sizes=SIZES):
+    """Class 1 where it is bright; a fifth of it is not."""
+    for number, (height, width) in enumerate(sizes):
+        label = np.zeros((height, width), np.uint8)
+        label[8:18, 4 : 14 + number] = 1
+        image = label * 0.8
+        image[8:10] = 0
+        write_slice(folder / f"{case}_slice{number:03d}.npz", image.astype(np.float32), label)
+
+
+class Bright(torch.nn.Module):
+    spec = SimpleNamespace(system="samed", num_classes=1, class_names=("a",), image_size=256)
+    chunk = 1
+
+    def forward(self, images):
+        pooled = torch.nn.functional.avg_pool2d(images[:, :1], 4)
+        return torch.cat([0.4 - pooled, pooled - 0.4], 1)
+
+
+def test_the_dice_of_a_case_is_that_of_all_its_pixels_whatever_sizes_its_slices_have(tmp_path):
+    write_case(tmp_path, "one")
+    slices, bad = find_slices(tmp_path), BadSamples(False, print)
+    fabric, _ = make_fabric(TrainConfig(device="cpu"))
+    data = Data([], [], slices, 1, None, None, None, None, "")
+    run = SimpleNamespace(say=print)
+    dice = validate(Bright(), data, fabric, torch.float32, run, bad, Prompting())["val_dice"]
+    # Eight of ten rows are found: 2 * 8 / (8 + 10), but for what resizing does at borders.
+    assert dice == pytest.approx(16 / 18, abs=0.05)
+    assert [images.shape for images, _ in stacked(Bright(), slices, bad)] == [(2, 24, 32), (1, 32, 32), (1, 40, 32)]
+    write_case(tmp_path, "one", [(32, 32)] * 4)
+    ((images, truth),) = stacked(Bright(), slices, bad)
+    assert images.shape == truth.shape == (4, 32, 32)
+
+
+def test_who_sees_neighbouring_slices_needs_them_in_one_size(tmp_path):
+    write_case(tmp_path, "one")
+    model = Bright()
+    model.chunk = 2
+    with pytest.raises(
+        InputError, match="slices of one have several sizes .24 x 32, 32 x 32, 40 x 32.*prepare"
+    ) as caught:
+        stacked(model, find_slices(tmp_path), BadSamples(False, print))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+@pytest.mark.parametrize("val_cases", [["two"], []])
+def test_cases_of_several_sizes_are_trained_on(tmp_path, val_cases):
+    write_case(tmp_path / "data", "one")
+    write_case(tmp_path / "data", "two")
+    options = {
+        "root_path": str(tmp_path / "data"), "output": str(tmp_path / "runs"), "system": "samed", "vit_name": "vit_ti",
+        "ckpt": "random", "img_size": 64, "num_classes": 1, "batch_size": 8, "device": "cpu", "max_epochs": 1,
+        "stop_epoch": 1, "val_cases": val_cases,
+    }  # fmt: skip
+    run = train(make(TrainConfig, options))
+    assert (run / "preview.png").stat().st_size
+    with open(run / "metrics.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert bool(row["val_dice"]) == bool(val_cases)

@@ -244,12 +244,20 @@ def _labels(
 
 
 def _sizes(looks: Sequence[Look], recipe: Recipe | None) -> list[Finding]:
-    sizes = sorted({look.shape for look in looks if look.side == "train" and look.shape})
-    if len(sizes) < 2 or (recipe is not None and recipe.crop is not None):
-        return []
-    low, high = (" x ".join(map(str, size)) for size in (sizes[0], sizes[-1]))
-    text = f"training slices have {len(sizes)} sizes, {low} to {high}; each is stretched to the square a model sees"
-    return [Finding(False, text)]
+    """Sizes of training slices: of all, where no recipe explains that they differ, and within a case."""
+    found, of_case = [], {}
+    for look in looks:
+        if look.side == "train" and look.shape:
+            of_case.setdefault(look.case, set()).add(look.shape)
+    sizes = sorted(set().union(*of_case.values()))
+    if len(sizes) > 1 and (recipe is None or recipe.crop is None):
+        low, high = (" x ".join(map(str, size)) for size in (sizes[0], sizes[-1]))
+        text = f"training slices have {len(sizes)} sizes, {low} to {high}; each is stretched to the square a model sees"
+        found.append(Finding(False, text))
+    if mixed := sorted(case for case, own in of_case.items() if len(own) > 1):
+        text = "slices of several sizes in one case: systems that see volumes, and samlora compare, refuse them"
+        found.append(Finding(False, text, tuple(mixed)))
+    return found
 
 
 def _lists(root: Path, folders: dict[str, Path], files: Sequence[tuple[str, Path]]) -> list[Finding]:

@@ -1,15 +1,17 @@
 """What a run shows of itself while it trains: Dice on the validation cases, a preview."""
 
+from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
 import torch
 from torch import nn
 
-from samlora.data.dataset import read_geometry
+from samlora.data.dataset import SliceFile, read_geometry
 from samlora.data.grid import Case, to_show
 from samlora.data.patches import place
 from samlora.engine import gathered, together
+from samlora.errors import InputError
 from samlora.evaluation.metrics import evaluate, summarise
 from samlora.evaluation.report import contact_sheet
 from samlora.inference.prompted import predict_prompted
@@ -30,7 +32,7 @@ def validate(
 
     Of a system that only answers prompts the Dice with prompts drawn from the reference; of one that does both also
     val_dice_prompted, and val_dice is the mean of the two. Processes share the cases, and all return the same figures,
-    those of one process.
+    those of one process. Raises InputError as `stacked` does.
     """
     spec: Spec = model.spec
     labels = range(1, spec.num_classes + 1)
@@ -38,16 +40,15 @@ def validate(
     mine = {}
     with together(fabric):
         for number in range(fabric.global_rank, len(cases), fabric.world_size):
-            arrays = list(bad.readable(cases[number]))
-            if not arrays:
+            parts = stacked(model, cases[number], bad)
+            if not parts:
                 continue
-            images, truths = zip(*arrays)
-            truth = np.stack(truths)
-            found = answers(model, np.stack(images), truth, prompting, fabric.device, dtype)
-            mine[number] = {
-                way: (evaluate(labelled, truth, (1, 1, 1), labels, distances=False), np.unique(labelled).tolist())
-                for way, labelled in found.items()
-            }
+            found = [answers(model, *part, prompting, fabric.device, dtype) for part in parts]
+            truth, mine[number] = _joined([truth for _, truth in parts]), {}
+            for way in found[0]:
+                labelled = _joined([of_part[way] for of_part in found])
+                measures = evaluate(labelled, truth, (1, 1, 1), labels, distances=False)
+                mine[number][way] = measures, np.unique(labelled).tolist()
     measured = {number: of_case for part in gathered(fabric, mine) for number, of_case in part.items()}
     figures = {}
     for way in next(iter(measured.values()), ()):
@@ -64,6 +65,29 @@ def validate(
     if len(figures) < 2:
         return {"val_dice": next(iter(figures.values()), float("nan"))}
     return {"val_dice": float(np.mean(list(figures.values()))), "val_dice_prompted": figures["prompted"]}
+
+
+def stacked(model: nn.Module, slices: Sequence[SliceFile], bad: BadSamples) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The slices of a case that can be read, as images (D, H, W) or (D, H, W, C) and labels (D, H, W), one pair a size.
+
+    Of a case as `samlora prepare` makes it that is one pair. Raises InputError where there are several sizes and the
+    model sees neighbouring slices together.
+    """
+    of_size: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
+    for image, label in bad.readable(slices):
+        of_size.setdefault(label.shape, []).append((image, label))
+    if len(of_size) > 1 and (system_row(model.spec.system).volumetric or model.chunk > 1):
+        sizes = ", ".join(" x ".join(map(str, size)) for size in of_size)
+        raise InputError(
+            f"{slices[0].path.parent}: the slices of {slices[0].case} have several sizes ({sizes}), but this system "
+            "sees neighbouring slices together; prepare the data again, or choose another --system"
+        )
+    return [tuple(map(np.stack, zip(*pairs))) for pairs in of_size.values()]
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """One label map of all pixels of several; where they lie in it does not matter to Dice."""
+    return parts[0] if len(parts) == 1 else np.concatenate([part.ravel() for part in parts])[None, None]
 
 
 def answers(
@@ -103,10 +127,10 @@ def preview(
     if not run.writes:
         return
     slices = sorted(data.val or data.train, key=place)
-    arrays = list(bad.readable(s for s in slices if s.case == slices[0].case))
-    if not arrays:
+    parts = stacked(model, [s for s in slices if s.case == slices[0].case], bad)
+    if not parts:
         return
-    images, truths = map(np.stack, zip(*arrays))
+    images, truths = max(parts, key=lambda part: np.count_nonzero(part[1]))  # of several sizes the one that shows most
     prediction = next(iter(answers(model, images, truths, prompting, fabric.device, dtype).values()))
     path, names = run.folder / "preview.png", dict(enumerate(model.spec.class_names, start=1))
     case = Case(images, truths, read_geometry(config.root_path, slices[0].case))

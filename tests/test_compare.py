@@ -593,6 +593,29 @@ def test_plots_escape_names_and_keep_points_inside():
     assert places[1][1] < places[0][1] < places[2][1]  # higher values stand higher
 
 
+def test_a_single_point_of_a_curve_is_drawn():
+    lines = [Line("short", "#123456", [(1.0, 0.5, math.nan)]), Line("long", "#654321", [(1.0, 0.4, 0), (2.0, 0.3, 0)])]
+    figure = plot("loss", "", lines, Axis("steps", whole=True), Axis("loss", True), joined=True, marks=False)
+    assert figure.count("<circle") == 1 and figure.count("<polyline") == 1
+
+
+def test_a_system_that_gets_another_name_keeps_its_runs(data, tmp_path, monkeypatch):
+    trained = []
+
+    def counted(made):
+        trained.append(made.rank)
+        return train(made)
+
+    monkeypatch.setattr("samlora.training.loop.train", counted)
+    given = SMALL | {"max_iterations": 1}
+    config = CompareConfig(data=str(data), output=str(tmp_path / "out"), folds=2, jobs=0, set=given, pictures=0)
+    for ranks in ("[2]", "[2, 1]"):
+        (tmp_path / "mine.yaml").write_text(f"system: samed\nrank: {ranks}\n")
+        (group,) = compare([str(tmp_path / "mine.yaml")], config)
+    assert trained == [2, 2, 1, 1] and {entry.name for entry in group.entries} == {"mine rank=2", "mine rank=1"}
+    assert "mine rank=2: takes over the runs in mine" in (tmp_path / "out/comparison.md").read_text()
+
+
 def test_a_result_depends_on_what_is_not_usual_and_on_nothing_that_only_says_where():
     job = Job(
         "a", None, 0, 1, None, {"base_lr": 0.1, "device": "cpu"}, ("automatic",), ("x",), ("y",), False, "sha", None

@@ -58,6 +58,7 @@ def compare(sources: Sequence[str], config: CompareConfig) -> list[Group]:
     in_mm = all(knows_spacing(config.data, case) for case in slices)
     print_of = fingerprint([item for of in slices.values() for item in of])
     jobs = _jobs(config, variants, folds, shots, in_mm, print_of)
+    notes += _renamed(jobs, Path(config.output).resolve() / "runs")
     _refuse_others(jobs, config.overwrite)
 
     out = Path(config.output)
@@ -152,6 +153,24 @@ def _jobs(
                             bases[variant.name], variant.prompting(config.prompts))
                     )  # fmt: skip
     return jobs
+
+
+def _renamed(jobs: Sequence[Job], runs: Path) -> list[str]:
+    """Moves runs made from just this, whose system was called otherwise, to where they belong; notes about them.
+
+    A list of values that is added to the options of a system changes its name, and nothing about the runs that it has.
+    """
+    taken, notes = {job.folder for job in jobs}, {}
+    for job in jobs:
+        if job.folder.exists():
+            continue
+        for other in sorted(runs.glob(f"*/{job.folder.name}")):
+            if other not in taken and (former := dataclasses.replace(job, folder=other)).begun():
+                job.folder.parent.mkdir(parents=True, exist_ok=True)
+                other.rename(job.folder)
+                notes[f"{job.name}: takes over the runs in {former.folder.parent.name}, made from the same"] = None
+                break
+    return list(notes)
 
 
 def _refuse_others(jobs: Sequence[Job], overwrite: bool) -> None:

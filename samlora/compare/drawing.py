@@ -39,7 +39,7 @@ class Axis:
 def plot(title: str, hint: str, lines: Sequence[Line], x: Axis, y: Axis, *, joined: bool, marks: bool) -> str:
     """An HTML figure. joined: points of a line are joined; marks: every point is drawn, with its deviation as a bar.
 
-    Names are escaped.
+    A single point is drawn in any case. Names are escaped.
     """
     across = _Scale([p[0] for line in lines for p in line.points], x, (_LEFT, _WIDTH - _RIGHT), marks)
     spread = [p[1] + sign * _bar(p) for line in lines for p in line.points for sign in (-1, 1)]
@@ -63,7 +63,7 @@ def plot(title: str, hint: str, lines: Sequence[Line], x: Axis, y: Axis, *, join
                 f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="2.2"{dash}>'
                 f"<title>{escape(line.name)}</title></polyline>"
             )
-        if marks:
+        if marks or len(places) == 1:
             parts += [_mark(line, point, place, up, x, y) for point, place in zip(line.points, places)]
     if marks and not joined:
         parts += _labels(lines, across, up)

@@ -99,6 +99,10 @@ class Job:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def begun(self) -> bool:
+        """Whether a job was begun in this folder, and made from just the same."""
+        return (self.folder / "job.json").is_file() and self.changed() is None
+
     def changed(self) -> str | None:
         """What a job begun in this folder was made from otherwise, in words; None where it agrees or there is none.
 

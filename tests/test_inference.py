@@ -92,12 +92,15 @@ def test_neighbours_become_the_channels(model):
     assert not np.array_equal(found, predict_slices(model, image, 64))
 
 
+SAID = {"system": "samed", "class_names": ("a", "b"), "image_size": 64, "in_channels": 3, "recipe": None}
+
+
 class Said(nn.Module):
     """A model that answers with its images; its spec is that of an adapter."""
 
     def __init__(self, **changes):
         super().__init__()
-        self.spec = SimpleNamespace(**({"class_names": ("a", "b"), "image_size": 64, "recipe": None} | changes))
+        self.spec = SimpleNamespace(**(SAID | changes))
 
     def forward(self, images):
         return images * torch.tensor([1.0, 2.0, -1.0])[:, None, None]
@@ -116,6 +119,32 @@ def test_the_mean_of_one_model_with_itself_is_that_model():
     images = torch.rand(2, 3, 8, 8)
     mean = Averaged([Said(), Said()], flips=False)(images)
     torch.testing.assert_close(mean, Said()(images).log_softmax(dim=1))
+
+
+class Coarse(Said):
+    """The same in pixels four times as wide, as SAM's logits are beside a U-Net's."""
+
+    def forward(self, images):
+        return nn.functional.avg_pool2d(super().forward(images), 4)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_systems_with_logits_of_other_sizes_are_averaged_at_the_finer(turned):
+    images = torch.rand(2, 3, 64, 64)
+    models = [Coarse(), Said()][:: -1 if turned else 1]
+    mean = Averaged(models, flips=True)(images)
+    wide = nn.functional.interpolate(Coarse()(images), 64, mode="bilinear")
+    expected = (wide.softmax(1) + Said()(images).softmax(1)) / 2
+    torch.testing.assert_close(mean.exp(), expected)
+
+
+def test_volumes_and_slices_are_not_averaged():
+    volumes = Said(system="vnet")
+    volumes.volumetric = True
+    for models in ([volumes, Said()], [Said(), volumes]):
+        with pytest.raises(InputError, match="vnet, which takes patches of volumes, of another samed") as refused:
+            Averaged(models, flips=False)
+        assert "\n" not in str(refused.value)
 
 
 def test_adapters_that_were_trained_otherwise_are_not_averaged():

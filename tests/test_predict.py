@@ -64,6 +64,16 @@ def run(*words) -> int:
     return main(["predict", *map(str, words), "--device", "cpu"])
 
 
+def test_adapters_of_different_systems_are_averaged(scans, adapter, tmp_path):
+    """A U-Net's logits have the size of the slice, SAM's a quarter of it."""
+    torch.manual_seed(1)
+    unet = samlora.build_model("unet", None, image_size=64, num_classes=2, class_names=("a", "b"), recipe=CT.to_dict())
+    samlora.save_adapter(unet, tmp_path / "unet.safetensors")
+    out = tmp_path / "out"
+    assert run(scans / "one.nii.gz", "-o", out, "--adapter", adapter, tmp_path / "unet.safetensors") == 0
+    assert read_volume(out / "one.nii.gz").array.shape == read_volume(scans / "one.nii.gz").array.shape
+
+
 def test_results_lie_on_the_grid_of_their_input(scans, adapter, tmp_path):
     assert run(scans, "-o", tmp_path / "out", "--adapter", adapter) == 0
     for path in scans.iterdir():
@@ -224,7 +234,9 @@ def test_channels_and_neighbours_are_taken_from_the_recipe(tmp_path):
 @pytest.mark.slow
 def test_processes_share_the_inputs(scans, adapter, tmp_path):
     def command(out, *more):
-        return [str(w) for w in ("predict", scans, "-o", tmp_path / out, "--adapter", adapter, "--device", "cpu", *more)]
+        return [
+            str(w) for w in ("predict", scans, "-o", tmp_path / out, "--adapter", adapter, "--device", "cpu", *more)
+        ]
 
     assert main(command("alone")) == 0
     shared = [sys.executable, "-m", "samlora", *command("shared", "--n_gpu", 2)]

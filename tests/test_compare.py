@@ -112,7 +112,7 @@ def test_automatic_and_prompted_systems_stand_apart_and_are_marked(finished):
         ("automatic", ["mine"]), ("prompted", ["asked"]),
     ]  # fmt: skip
     page, text = ((module.Path(config.output) / name).read_text() for name in ("report.html", "comparison.md"))
-    assert text.count("never compare these figures") == 1 and "two tasks, two tables" in text
+    assert text.count("never compare these figures") == 1 and "two tasks, tables apart" in text
     asked, mine = (
         page.count(f'title="{name}">{name}</span><span class="mark">prompted</span>') for name in ("asked", "mine")
     )

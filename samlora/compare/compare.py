@@ -252,7 +252,7 @@ def _remarks(groups: Sequence[Group]) -> list[str]:
     tasks = {group.task for group in groups}
     if len(tasks) > 1:
         notes.append(
-            "two tasks, two tables: systems that are given prompts from the reference do not compete with others"
+            "two tasks, tables apart: systems that are given prompts from the reference do not compete with others"
         )
     asked = dict.fromkeys(group.prompts for group in groups if group.prompts)
     if len(asked) > 1:

@@ -199,10 +199,8 @@ def _group(entries: Sequence[Entry], patient_of: Callable[[str], str]) -> Group:
     if others and too_few(patients, len(others)):
         least = min(1.0, smallest_p(patients) * len(others))
         counted = f"{len(others)} comparisons" if len(others) > 1 else "one comparison"
-        why = (
-            f"{patients} patient{' is' if patients == 1 else 's are'} too few to tell systems apart: with {counted} no result could have p below "
-            f"{least:.3g}"
-        )
+        few = "1 patient is" if patients == 1 else f"{patients} patients are"
+        why = f"{few} too few to tell systems apart: with {counted} no result could have p below {least:.3g}"
     return Group(best.task, best.prompts, best.shots, tuple(ordered), tests, why)
 
 

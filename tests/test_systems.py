@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +25,9 @@ from samlora.training.config import TrainConfig
 from samlora.training.objectives import make_objective
 from samlora.training.prompting import draw_objects
 
-TRAINED = [name for name, row in SYSTEMS.items() if row.trains and not row.volumetric]  # tests/test_patches.py has vnet
-LONG = ("attention_unet", "mobile_sam", "samus")  # more than ten seconds
+TRAINED = [name for name, row in SYSTEMS.items() if row.trains]
+SLICES = [name for name in TRAINED if not SYSTEMS[name].volumetric]  # tests/test_patches.py has vnet learn by heart
+LONG = ("attention_unet", "mobile_sam", "samus")  # to learn by heart takes them more than ten seconds
 CPU = torch.device("cpu")
 MOST_STEPS = 150
 
@@ -35,6 +37,15 @@ def test_help_and_configs_name_every_system_that_trains():
     told = TrainConfig.__dataclass_fields__["system"].metadata["help"].split("Without prompts:")[1]
     assert set(re.findall(r"\w+", told.replace("docs/systems.md", ""))) - {"with", "prompts", "both", "networks"} == trainable
     assert {read_yaml(path.stem)["system"] for path in shipped("configs").glob("*.yaml")} == trainable
+
+
+def test_the_table_of_systems_says_when_to_choose_each_and_where_it_is_from():
+    page = (Path(__file__).parent.parent / "docs" / "systems.md").read_text(encoding="utf-8")
+    for name in SYSTEMS:
+        lines = [line for line in page.splitlines() if line.startswith(f"| `{name}` |") and line.count("|") == 10]
+        assert len(lines) == 1, name
+        cells = [cell.strip() for cell in lines[0].strip("|").split("|")]
+        assert all(cells) and re.search(r"arXiv \d{4}\.\d{5}|ours", cells[-1]), lines[0]
 
 
 def least(system: str):
@@ -117,20 +128,12 @@ class Learned:
         self.model.eval()
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.soak if name in LONG else ()) for name in TRAINED])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.soak if name in LONG else ()) for name in SLICES])
 def learned(request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield Learned(request.param)
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def adapter(learned, shared_path):
-    path = shared_path / "adapter.safetensors"
-    save_adapter(learned.model, path)
-    yield path
-    path.unlink()
 
 
 def test_it_learns_four_slices_by_heart(learned):
@@ -145,26 +148,51 @@ def test_what_the_row_states_trains_and_nothing_else(learned):
     assert changed == stated
 
 
-def test_the_adapter_gives_the_same_logits_bit_by_bit(learned, adapter):
-    again = load_model(adapter)
-    side = learned.model.spec.image_size
-    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
-    prompts = None
-    if learned.objective.row.promptable:
-        prompts = draw_objects(learned.batch[:2], learned.objective.prompting, side, False, 3, CPU, learned.objective.low).prompts
+def moved(system: str):
+    """The least model of a system, what it trains and the statistics it learns no longer as they began."""
+    torch.manual_seed(2)
+    model = least(system).train()
     with torch.no_grad():
-        assert torch.equal(again(images, prompts), learned.model(images, prompts))
-        if learned.objective.row.automatic:
-            assert torch.equal(again(images), learned.model(images))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
+        if SYSTEMS[system].network:
+            model(torch.rand(2, *model.input_shape))
+    return model.eval()
 
 
-def test_an_adapter_of_another_system_is_refused(learned, adapter):
-    system = learned.model.spec.system
+@pytest.fixture(scope="module", params=TRAINED)
+def saved(request, shared_path):
+    """A model and its adapter file."""
+    model, path = moved(request.param), shared_path / "adapter.safetensors"
+    save_adapter(model, path)
+    yield model, path
+    path.unlink()
+
+
+def test_the_adapter_gives_the_same_logits_bit_by_bit(saved):
+    model, path = saved
+    again, row, side = load_model(path), SYSTEMS[model.spec.system], model.spec.image_size
+    shape = model.input_shape if row.network else (3, side, side)
+    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        if row.automatic:
+            assert torch.equal(again(images), model(images))
+        if row.promptable:
+            objective = objective_for(model)
+            batch = four_slices(side)[:2]
+            prompts = draw_objects(batch, objective.prompting, side, False, 3, CPU, objective.low).prompts
+            assert torch.equal(again(images, prompts), model(images, prompts))
+
+
+def test_an_adapter_of_another_system_is_refused(saved):
+    model, path = saved
+    system = model.spec.system
     other = TRAINED[(TRAINED.index(system) + 1) % len(TRAINED)]
     with pytest.raises(InputError) as refused:
-        load_tested(TestConfig(lora_ckpt=str(adapter), system=other))
+        load_tested(TestConfig(lora_ckpt=str(path), system=other))
     assert other in str(refused.value) and system in str(refused.value) and "\n" not in str(refused.value)
     stranger = "unet" if system != "unet" else "segresnet"
     with pytest.raises(InputError) as refused:
-        load_trained(least(stranger), read_adapter(adapter)[0], adapter)
-    assert str(adapter) in str(refused.value) and "\n" not in str(refused.value)
+        load_trained(least(stranger), read_adapter(path)[0], path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)

@@ -164,15 +164,20 @@ def test_equal_words_are_equal_prompts():
     assert len(set(map(prompts_told, told))) == len(told)
     assert prompts_told(Prompting("box", box_jitter=20, max_objects=4, sample_num=3)) == "box"
     assert prompts_told(Prompting("pt", point_strategy="entropy")) == prompts_told(Prompting("pt")) == "1 point, random"
+    assert prompts_told(Prompting("pt", sample_num=2, point_strategy="entropy")) == "2 points, entropy"
 
 
 def test_common_prompts_are_measured_anew_without_training(data, systems, tmp_path):
     config = CompareConfig(data=str(data), output=str(tmp_path), folds=2, jobs=0, set=SMALL, pictures=0)
     (own,) = compare(systems[1:], config)
+    for run in own.entries[0].runs:  # as a process of its own would have told it
+        path = run.job.folder / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"peak_memory_bytes": 7}))
     (common,) = compare(systems[1:], replace(config, prompts="point"))
     assert (own.prompts, common.prompts) == ("box", "1 point, random")
     (before,), (after,) = own.entries, common.entries
     assert [run.result["seconds"] for run in before.runs] == [run.result["seconds"] for run in after.runs]
+    assert after.fact("peak_memory_bytes") == 7  # what training took, not what measuring again did
     assert [before.cases(run) for run in before.runs] != [after.cases(run) for run in after.runs]
     assert "with the same: 1 point, random" in (tmp_path / "comparison.md").read_text()
     with pytest.raises(InputError, match="--prompts box: none of the systems takes prompts"):

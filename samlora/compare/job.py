@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,17 @@ class Job:
 
     def result(self) -> dict | None:
         """What the job gave, if it is done and was made from the same inputs."""
+        return self._stored(lambda inputs: inputs)
+
+    def measured_otherwise(self) -> dict | None:
+        """What the same training gave, with whatever prompts it was measured; None where it is not done."""
+        return self._stored(lambda inputs: {name: of for name, of in inputs.items() if name != MEASURED_WITH})
+
+    def _stored(self, told_by: Callable[[dict], dict]) -> dict | None:
+        """result.json, where what tells results apart is the same."""
         try:
             result = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
-            return _with_nan(result) if result["inputs"] == self.inputs else None
+            return _with_nan(result) if told_by(result["inputs"]) == told_by(self.inputs) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -127,8 +135,8 @@ def prompts_told(prompting: Prompting) -> str:
     What `predict_prompted` makes no use of (jitter, the number of objects) makes no difference.
     """
     one = prompting
-    # Where the answer is least sure is not known before there is one: the measurement then draws by chance.
-    chosen = "random" if one.point_strategy == "entropy" else one.point_strategy
+    # Where an answer is least sure is known from the second point on.
+    chosen = "random" if one.point_strategy == "entropy" and one.sample_num < 2 else one.point_strategy
     points = f"{one.sample_num} point{'s' * (one.sample_num != 1)}"
     points += f" + {one.negative_num} beside" * (one.negative_num > 0)
     words = {
@@ -160,19 +168,22 @@ def run_job(job: Job, own_process: bool = True) -> None:
     listed = dict.fromkeys(item.path.stem for case in job.train for item in slices[case])
     with whole(job.folder / "train.txt") as part:
         part.write_text("".join(f"{name}\n" for name in listed), encoding="utf-8")
+    former = job.measured_otherwise()
     run = train(make(TrainConfig, {**job.values, "resume": True}))
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     adapter = next(p for p in (run / "adapter_best.safetensors", run / "adapter_last.safetensors") if p.is_file())
     ways, pictures = _measure(job, adapter, slices)
     with whole(job.folder / "predictions.npz") as part:
         np.savez_compressed(part, **pictures)
+    # Where nothing was left to train, what this process took is not what training takes.
+    memory = former["peak_memory_bytes"] if former else facts["peak_memory_bytes"] if own_process else math.nan
     kept = ("steps", "seconds", "trained_parameters", "total_parameters", "device", "precision", "effective_batch")
     result = {
         "inputs": job.inputs,
         "run": str(run.relative_to(job.folder)),
         "adapter": adapter.name,
         "adapter_bytes": adapter.stat().st_size,
-        "peak_memory_bytes": facts["peak_memory_bytes"] if own_process else math.nan,
+        "peak_memory_bytes": memory,
         **{name: facts[name] for name in kept},
         **{name: facts["model"][name] for name in ("variant", "base", "image_size", "class_names")},
         "ways": ways,

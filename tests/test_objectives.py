@@ -11,14 +11,14 @@ from samlora.data.augment import Transform, sample_transform
 from samlora.data.dataset import Sample
 from samlora.data.frame import Frame
 from samlora.errors import InputError
-from samlora.inference.prompted import as_prompts, draw_prompt, predict_prompted
+from samlora.inference.prompted import as_prompts, draw_prompt, least_sure, predict_prompted
 from samlora.model.build import build_model
 from samlora.model.methods import SYSTEMS, system_row
 from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.embeddings import EmbeddingCache
 from samlora.training.objectives import OBJECTIVES
-from samlora.training.prompting import draw_objects, least_sure
+from samlora.training.prompting import draw_objects
 
 SIDE = 64
 CPU = torch.device("cpu")
@@ -164,8 +164,8 @@ def test_the_next_points_go_where_the_model_is_least_sure():
     objects = draw_objects([sample(0)], Prompting("pt", max_objects=1), SIDE, False, 0, CPU)
     logits = torch.full((1, 16, 16), 5.0)
     logits[0, 3, 9] = 0.1
-    more = least_sure(objects, logits, 1, SIDE).prompts
-    assert more.points[0, -1].tolist() == [9 * 4 + 1.5, 3 * 4 + 1.5]
+    more = least_sure(objects.prompts, logits, objects.targets, objects.inside, 1, SIDE)
+    assert more.points[0, -1].tolist() == [9 * 4 + 1.5, 3 * 4 + 1.5] and more.labels.dtype == torch.int64
     assert more.labels[0, -1] == (objects.targets[0, 3, 9] > 0)
 
 
@@ -230,12 +230,13 @@ def test_cached_embeddings_train_alike(slices, tmp_path, precision):
         plain = objective(model, batch, 2, None)
         cached = objective(model, batch, 2, None, cache.batch([3, 1], CPU))
     torch.testing.assert_close(cached.total, plain.total, atol=1e-5 if precision == torch.float32 else 5e-3, rtol=0)
-    again = EmbeddingCache(tmp_path / "cache", None or model, slices, precision, batch=3)
+    again = EmbeddingCache(tmp_path / "cache", model, slices, precision, batch=2)
     assert torch.equal(again.batch([0], CPU), cache.batch([0], CPU))
     assert len(list((tmp_path / "cache").glob("*.embeddings"))) == 1
+    EmbeddingCache(tmp_path / "cache", model, slices, precision, batch=3)
     other = build_model("medsam_decoder", "random:2", "vit_ti", SIDE, num_classes=2)
     EmbeddingCache(tmp_path / "cache", other, slices, precision, batch=3)
-    assert len(list((tmp_path / "cache").glob("*.embeddings"))) == 2
+    assert len(list((tmp_path / "cache").glob("*.embeddings"))) == 3
 
 
 def test_embeddings_of_an_encoder_that_trains_are_not_kept(slices, tmp_path):

@@ -1,13 +1,12 @@
 """Prompts of a training batch: drawn from its labels, with what they ask for as targets."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from samlora.data import prompts as from_masks
 from samlora.data.batch import frame_of, transformed
 from samlora.data.dataset import Sample
 from samlora.inference.prompted import as_prompts, choose, draw_prompt
@@ -68,22 +67,3 @@ def draw_objects(
         torch.from_numpy(np.stack(inside)).to(device),
         real.to(device),
     )
-
-
-def least_sure(objects: Objects, logits: Tensor, count: int, side: int) -> Objects:
-    """The objects with `count` more points each, where the prediction (P, L, L) for them is least sure.
-
-    The target says on which side of the mask a point lies (the study of SAMUS, arXiv 2309.06824).
-    """
-    probability = logits.float().sigmoid().masked_fill(~objects.inside, 0).cpu().numpy()
-    places, labels = [], []
-    for one, target in zip(probability, objects.targets.cpu().numpy() > 0):
-        found = from_masks.uncertain_points(one, count, np.random.default_rng(0), apart=3)
-        cols, rows = found.astype(int).T
-        places.append((found + 0.5) * (side / logits.shape[-1]) - 0.5)
-        labels.append(target[rows, cols])
-    device, prompts = objects.targets.device, objects.prompts
-    more = torch.from_numpy(np.stack(places).astype(np.float32)).to(device)
-    marks = torch.from_numpy(np.stack(labels).astype(np.int64)).to(device)
-    points, labels = torch.cat([prompts.points, more], dim=1), torch.cat([prompts.labels, marks], dim=1)
-    return replace(objects, prompts=Prompts(points, labels, prompts.boxes, prompts.masks, prompts.image_index))

@@ -70,7 +70,7 @@ if __name__ == "__main__":
     [
         ("a worker is killed", 1, "--num_workers 2: a process that reads slices died"),
         ("the loop raises", 1, "something else"),
-        ("the parent is killed", -signal.SIGKILL, ""),
+        pytest.param("the parent is killed", -signal.SIGKILL, "", marks=pytest.mark.soak),
     ],
 )
 def test_workers_end_with_the_run(tmp_path, way, code, said):

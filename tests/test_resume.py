@@ -282,14 +282,6 @@ def test_what_a_run_began_from_may_go(config, tmp_path):
         train(replace(ours, output=str(tmp_path / "third")))
 
 
-def test_dropout_goes_on_where_it_was(config, tmp_path):
-    ours = replace(config, options={"dropout": 0.3}, max_iterations=4)
-    whole = train(replace(ours, output=str(tmp_path / "whole")))
-    train(replace(ours, max_iterations=1))
-    run = train(replace(ours, resume=True))
-    assert (run / "adapter_last.safetensors").read_bytes() == (whole / "adapter_last.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [("run.json", b"", "run.json: is damaged; delete it"), ("metrics.csv", b"st\0ep,loss\n\0\0,1\n", None)],

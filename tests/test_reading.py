@@ -82,7 +82,7 @@ def test_workers_end_with_the_run(tmp_path, way, code, said):
     process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
     try:
         # Until the pipes close, which workers hold open too; an orphan looks for its parent every five seconds.
-        pids, errors = process.communicate(timeout=60)
+        pids, errors = process.communicate(timeout=300)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -114,7 +114,7 @@ def measure(variant: str, size: int, count: int, batch: int, repeats: int, devic
             asked, losses = make_objective(config, model).prompting, []
             for part in batches():
                 images = torch.stack([torch.from_numpy(s.image) for s in part])[:, None].expand(-1, 3, -1, -1)
-                objects = draw_objects(part, asked, size, False, config.seed, device)
+                objects = draw_objects(part, asked, size, model.spec.pixels, config.seed, device)
                 logits = plain(images.to(device), objects.prompts.boxes)
                 targets = objects.targets[:, None]
                 loss = DiceLoss(sigmoid=True, squared_pred=True)(logits, targets)

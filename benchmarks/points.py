@@ -25,7 +25,7 @@ from samlora.data.prompts import STRATEGIES, objects, random_points, sample_poin
 from samlora.data.volume import read_case
 from samlora.inference.predictor import Predictor
 from samlora.inference.prompt_study import dice_of
-from samlora.model.checkpoint import find_base
+from samlora.model.bases import find_base
 
 POINTS = 3
 APART = 10  # pixels of the image that points where the model is least sure keep from each other
@@ -52,7 +52,7 @@ def _where_unsure(predictor: Predictor, truth: np.ndarray, random: np.random.Gen
     frame = Frame(
         *truth.shape,
         predictor.model.image_size,
-        predictor.row.pad,
+        predictor.model.pixels,
         None if predictor.recipe is None else predictor.recipe.size,
         predictor.model.logit_side,
     )

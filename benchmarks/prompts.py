@@ -34,7 +34,7 @@ from samlora.data.volume import read_case
 from samlora.evaluation.prompt_figures import prompt_text
 from samlora.inference.predictor import Predictor
 from samlora.inference.prompt_study import PromptStudyConfig, evaluate_prompts
-from samlora.model.checkpoint import find_base
+from samlora.model.bases import find_base
 from samlora.model.methods import system_row
 from samlora.training.config import TrainConfig
 from samlora.training.loop import train

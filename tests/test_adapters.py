@@ -10,7 +10,8 @@ from weights import randomised
 
 from samlora.errors import InputError
 from samlora.model.adapters import ADAPTERS, AdaptedBlock, attend_slices, insert_adapters
-from samlora.model.checkpoint import find_base, load_base, resize_positions
+from samlora.model.bases import find_base
+from samlora.model.checkpoint import load_base, resize_positions
 from samlora.model.lora import LoRA_sam
 from samlora.model.methods import train_only
 from samlora.model.sam import Prompts, Sam, build_sam

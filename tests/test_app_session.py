@@ -17,8 +17,9 @@ from samlora.data.grid import Volume, reorient
 from samlora.data.volume import read_volume, write_volume
 from samlora.errors import InputError, MissingFileError
 from samlora.inference.predict import predict_volume
+from samlora.model.bases import find_base
 from samlora.model.build import build_model, load_model
-from samlora.model.checkpoint import find_base, open_base, save_adapter
+from samlora.model.checkpoint import open_base, save_adapter
 
 SHAPE = (64, 56, 12)  # i, j, k
 BOX, MIDDLE = (14.0, 13.0, 46.0, 41.0), 6  # around the ball, in columns and rows of its middle slice

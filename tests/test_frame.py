@@ -11,13 +11,14 @@ from samlora.data.augment import Transform, resize_image, resize_label
 from samlora.data.batch import make_batch
 from samlora.data.frame import Frame, bilinear_matrix
 from samlora.inference.slices import predict_slices
+from samlora.pixels import SAM, SAMED
 
 SHAPES = [(37, 90), (90, 37), (64, 64), (200, 131), (150, 260)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_padded_pictures_points_and_boxes_are_sams(shape):
-    rng, frame, sam = np.random.default_rng(0), Frame(*shape, 128, pad=True), ResizeLongestSide(128)
+    rng, frame, sam = np.random.default_rng(0), Frame(*shape, 128, pixels=SAM), ResizeLongestSide(128)
     image = rng.integers(0, 256, (*shape, 3), np.uint8)
     wanted = sam.apply_image(image)
     assert frame.size == wanted.shape[:2]
@@ -33,7 +34,7 @@ def test_padded_pictures_points_and_boxes_are_sams(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_padded_floats_are_scaled_with_antialiasing(shape):
-    image, frame = np.random.default_rng(1).random(shape).astype(np.float32), Frame(*shape, 128, pad=True)
+    image, frame = np.random.default_rng(1).random(shape).astype(np.float32), Frame(*shape, 128, pixels=SAM)
     wanted = F.interpolate(torch.from_numpy(image)[None, None], frame.size, mode="bilinear", antialias=True)[0, 0]
     square = frame.image(image, fill=0.5)
     np.testing.assert_allclose(square[1, : frame.size[0], : frame.size[1]], wanted, atol=1e-5)
@@ -56,7 +57,7 @@ def test_stretched_images_and_labels_are_those_of_training(shape, through):
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_there_and_back(shape, pad):
-    rng, frame = np.random.default_rng(3), Frame(*shape, 128, pad=pad)
+    rng, frame = np.random.default_rng(3), Frame(*shape, 128, pixels=SAM if pad else SAMED)
     points, boxes = rng.random((9, 2)) * shape[::-1], rng.random((2, 5, 4)) * (*shape[::-1], *shape[::-1])
     np.testing.assert_allclose(frame.points_back(frame.points(points)), points, rtol=1e-5)
     np.testing.assert_allclose(frame.boxes_back(frame.boxes(boxes)), boxes, rtol=1e-5)
@@ -67,7 +68,7 @@ def test_there_and_back(shape, pad):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_come_back_as_sams_do(shape, pad):
     """Against two interpolations one after the other, as Sam.postprocess_masks does it."""
-    frame, low = Frame(*shape, 128, pad=pad), torch.randn(2, 3, 32, 32) * 5
+    frame, low = Frame(*shape, 128, pixels=SAM if pad else SAMED), torch.randn(2, 3, 32, 32) * 5
     wanted = F.interpolate(low, (128, 128), mode="bilinear", align_corners=False)
     wanted = wanted[..., : frame.size[0], : frame.size[1]]
     wanted = F.interpolate(wanted, shape, mode="bilinear", align_corners=False)
@@ -80,7 +81,7 @@ def test_a_blob_lies_where_it_was(shape, pad):
     """Label -> target -> logits -> label: the same ellipse, up to a rim of about a target's pixel."""
     rows, cols = np.mgrid[: shape[0], : shape[1]] / np.array(shape)[:, None, None]
     mask = ((rows - 0.45) / 0.25) ** 2 + ((cols - 0.55) / 0.3) ** 2 < 1
-    frame = Frame(*shape, 256, pad=pad)
+    frame = Frame(*shape, 256, pixels=SAM if pad else SAMED)
     target = torch.from_numpy(frame.label(mask)).float() * 20 - 10
     back = frame.logits(target).numpy() > 0
     assert 2 * (mask & back).sum() / (mask.sum() + back.sum()) > 0.96
@@ -90,7 +91,7 @@ def test_a_blob_lies_where_it_was(shape, pad):
 
 
 def test_the_padding_is_outside():
-    frame = Frame(50, 100, 64, pad=True)
+    frame = Frame(50, 100, 64, pixels=SAM)
     target = frame.label(np.ones((50, 100), np.uint8), fill=255)
     assert frame.size == (32, 64)
     assert (target[:8] == 1).all() and (target[8:] == 255).all() and np.array_equal(frame.inside, target == 1)
@@ -100,6 +101,8 @@ def test_the_padding_is_outside():
 @pytest.mark.parametrize("through", [None, 48])
 def test_classes_are_those_of_predict_slices(shape, through):
     class Fixed(nn.Module):
+        pixels, fill, logit_side = SAMED, (0, 0, 0), 16
+
         def forward(self, images):
             return F.avg_pool2d(images, 4) * torch.tensor([1.0, 1.3, -2.0])[:, None, None]
 
@@ -111,7 +114,7 @@ def test_classes_are_those_of_predict_slices(shape, through):
 
 
 def test_padded_classes_follow_the_logits():
-    frame, logits = Frame(37, 90, 64, pad=True), torch.randn(5, 16, 16)
+    frame, logits = Frame(37, 90, 64, pixels=SAM), torch.randn(5, 16, 16)
     assert torch.equal(frame.classes(logits), frame.logits(logits).argmax(dim=0))
 
 
@@ -124,6 +127,6 @@ def test_weights_of_a_pixel_sum_to_one():
 def test_eight_bit_and_float_agree():
     image = np.random.default_rng(5).integers(0, 256, (90, 37), np.uint8)
     for pad in (False, True):
-        frame = Frame(90, 37, 64, pad=pad)
+        frame = Frame(90, 37, 64, pixels=SAM if pad else SAMED)
         tolerance = 1 / 255 if pad else 1e-6  # Pillow rounds, once along each axis
         np.testing.assert_allclose(frame.image(image), frame.image(image / np.float32(255)), atol=tolerance)

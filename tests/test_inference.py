@@ -12,6 +12,7 @@ from samlora.errors import InputError
 from samlora.inference.ensemble import FLIPS, Averaged
 from samlora.inference.slices import predict_slices
 from samlora.model.sam import build_sam
+from samlora.pixels import SAMED
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,7 @@ class Constant(nn.Module):
     def __init__(self, classes: int):
         super().__init__()
         self.classes = classes
+        self.pixels, self.fill, self.logit_side = SAMED, (0, 0, 0), 16
 
     def forward(self, images):
         logits = torch.zeros(len(images), self.classes, 16, 16)
@@ -97,6 +99,8 @@ SAID = {"system": "samed", "class_names": ("a", "b"), "image_size": 64, "in_chan
 
 class Said(nn.Module):
     """A model that answers with its images; its spec is that of an adapter."""
+
+    pixels, fill, logit_side = SAMED, (0, 0, 0), 64
 
     def __init__(self, **changes):
         super().__init__()

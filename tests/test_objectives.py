@@ -14,6 +14,7 @@ from samlora.errors import InputError
 from samlora.inference.prompted import as_prompts, draw_prompt, least_sure, predict_prompted
 from samlora.model.build import build_model
 from samlora.model.methods import SYSTEMS, system_row
+from samlora.pixels import SAM, SAMED
 from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.embeddings import EmbeddingCache
@@ -48,13 +49,13 @@ def objective_of(model, config=None, **prompting):
 def test_prompts_depend_on_the_key_alone():
     prompting = Prompting("any", box_jitter=8, sample_num=2, negative_num=1, max_objects=3, parts=True)
     batch = [sample(n, transform=sample_transform(np.random.default_rng(n))) for n in range(3)]
-    together = draw_objects(batch, prompting, SIDE, False, 5, CPU)
-    alone = draw_objects(batch[1:2], prompting, SIDE, False, 5, CPU)
+    together = draw_objects(batch, prompting, SIDE, SAMED, 5, CPU)
+    alone = draw_objects(batch[1:2], prompting, SIDE, SAMED, 5, CPU)
     mine = together.prompts.image_index == 1
     torch.testing.assert_close(together.targets[mine], alone.targets, rtol=0, atol=0)
-    again = draw_objects(batch, prompting, SIDE, False, 5, CPU)
+    again = draw_objects(batch, prompting, SIDE, SAMED, 5, CPU)
     torch.testing.assert_close(again.prompts.points, together.prompts.points, rtol=0, atol=0)
-    other = draw_objects([replace(s, key=(1, s.key[1])) for s in batch], prompting, SIDE, False, 5, CPU)
+    other = draw_objects([replace(s, key=(1, s.key[1])) for s in batch], prompting, SIDE, SAMED, 5, CPU)
     assert not torch.equal(other.prompts.points, together.prompts.points)
 
 
@@ -62,7 +63,7 @@ def test_prompts_depend_on_the_key_alone():
 def test_prompts_lie_on_what_they_ask_for(pad):
     """Wide images: stretched or padded, points are on the target and boxes around it."""
     batch = [sample(n, (64, 100)) for n in range(2)]
-    objects = draw_objects(batch, Prompting("pt_box", sample_num=3, negative_num=2, max_objects=9, parts=True), SIDE, pad, 0, CPU)
+    objects = draw_objects(batch, Prompting("pt_box", sample_num=3, negative_num=2, max_objects=9, parts=True), SIDE, SAM if pad else SAMED, 0, CPU)
     prompts = objects.prompts
     assert len(objects.targets) == 6 and objects.counts(1).sum() == 3
     for target, inside, box, points, labels in zip(objects.targets, objects.inside, prompts.boxes, prompts.points, prompts.labels):
@@ -79,8 +80,8 @@ def test_prompts_lie_on_what_they_ask_for(pad):
 
 def test_boxes_move_outwards_by_no_more_than_the_jitter():
     batch = [sample(0)]
-    tight = draw_objects(batch, Prompting("box"), SIDE, False, 0, CPU)
-    moved = [draw_objects([replace(batch[0], key=(e, 0))], Prompting("box", box_jitter=5), SIDE, False, 0, CPU) for e in range(30)]
+    tight = draw_objects(batch, Prompting("box"), SIDE, SAMED, 0, CPU)
+    moved = [draw_objects([replace(batch[0], key=(e, 0))], Prompting("box", box_jitter=5), SIDE, SAMED, 0, CPU) for e in range(30)]
     steps = torch.stack([m.prompts.boxes[0] for m in moved if torch.equal(m.targets, tight.targets)]) - tight.prompts.boxes
     outwards = steps * torch.tensor([-1.0, -1, 1, 1])
     assert (outwards >= -1e-4).all() and 4 < outwards.max() <= 5 + 1e-4
@@ -100,7 +101,7 @@ def test_masks_are_monais_dice_and_cross_entropy():
     batch = [sample(0), sample(1)]
     objective = objective_of(model, max_objects=3)
     losses = objective(model, batch, 2, None)
-    objects = draw_objects(batch, objective.prompting, SIDE, False, 1234, CPU)
+    objects = draw_objects(batch, objective.prompting, SIDE, SAMED, 1234, CPU)
     images, _ = objective._inputs(model, batch)
     logits = model(images, objects.prompts)
     expected = DiceCELoss(sigmoid=True, squared_pred=True)(logits, objects.targets[:, None])
@@ -119,7 +120,7 @@ def test_padding_is_not_part_of_the_loss():
     """The same answer, wherever it is wrong in the padding, costs the same."""
     model = tiny("sam_lora")
     objective = objective_of(model)
-    objects = draw_objects([sample(0, (32, 64))], objective.prompting, SIDE, True, 0, CPU)
+    objects = draw_objects([sample(0, (32, 64))], objective.prompting, SIDE, SAM, 0, CPU)
     logits = torch.randn(objects.targets.shape)
     other = torch.where(objects.inside, logits, torch.randn(logits.shape) * 9)
     iou = torch.zeros(len(logits))
@@ -131,7 +132,7 @@ def test_padding_is_not_part_of_the_loss():
 def test_focal_dice_and_iou():
     model = tiny("sam_prompt")
     objective = objective_of(model)
-    objects = draw_objects([sample(0)], objective.prompting, SIDE, True, 0, CPU)
+    objects = draw_objects([sample(0)], objective.prompting, SIDE, SAM, 0, CPU)
     logits = torch.where(objects.targets > 0, 20.0, -20.0)
     perfect = objective._each(logits, torch.ones(len(logits)), objects)
     assert all(part.max() < 1e-3 for part in perfect)
@@ -161,7 +162,7 @@ def test_joint_is_both():
 
 
 def test_the_next_points_go_where_the_model_is_least_sure():
-    objects = draw_objects([sample(0)], Prompting("pt", max_objects=1), SIDE, False, 0, CPU)
+    objects = draw_objects([sample(0)], Prompting("pt", max_objects=1), SIDE, SAMED, 0, CPU)
     logits = torch.full((1, 16, 16), 5.0)
     logits[0, 3, 9] = 0.1
     more = least_sure(objects.prompts, logits, objects.targets, objects.inside, 1, SIDE)

@@ -27,7 +27,7 @@ SIDE = 256
 @pytest.fixture(scope="module")
 def ours():
     """SAM as it is, on the demo base; 256 px. Used as a base that learned all of SAM's answers, which this one did not."""
-    predictor = Predictor.load(base=samlora.model.checkpoint.find_base("vit_ti"))
+    predictor = Predictor.load(base=samlora.model.bases.find_base("vit_ti"))
     assert not predictor.takes_masks and not predictor.knows_three
     predictor.takes_masks = predictor.knows_three = True
     return predictor
@@ -140,7 +140,7 @@ def test_clicks_build_on_each_other_and_can_be_taken_back(ours):
 
 def test_a_base_that_never_saw_mask_prompts_gets_none():
     """Each click of the demo base asks with the points alone; the logits of the one before would spoil its answer."""
-    predictor = Predictor.load(base=samlora.model.checkpoint.find_base("vit_ti"))
+    predictor = Predictor.load(base=samlora.model.bases.find_base("vit_ti"))
     predictor.set_image(picture((150, 220)))
     predictor.click(77, 60)
     second = predictor.click(200, 140, positive=False)
@@ -433,7 +433,7 @@ def test_loading_an_adapter_and_the_base_alone(tmp_path):
     own = Predictor(model).set_image(picture((50, 70)))
     a, b = (p.predict(box=[5, 5, 40, 40]).logits for p in (loaded, own))
     np.testing.assert_allclose(a, b, atol=1e-3)
-    base = samlora.model.checkpoint.find_base("vit_ti")
+    base = samlora.model.bases.find_base("vit_ti")
     assert Predictor.load(base=base, image_size=128).model.image_size == 128
 
 

@@ -196,7 +196,7 @@ def test_the_command_writes_every_answer_and_the_summary(prepared, tmp_path, cap
 
 
 def test_without_an_adapter_the_base_answers(prepared, tmp_path):
-    from samlora.model.checkpoint import find_base
+    from samlora.model.bases import find_base
 
     assert study(prepared, tmp_path / "o", "--ckpt", str(find_base("vit_ti")), "--image_size", "64", "--clicks", "1") == 0
     summary = json.loads((tmp_path / "o" / "summary.json").read_text())

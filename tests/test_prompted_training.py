@@ -19,6 +19,7 @@ from samlora.errors import InputError
 from samlora.inference.prompted import in_turn, predict_prompted
 from samlora.model.tensors import read_tensors
 from samlora.options import make, read_yaml, write_yaml
+from samlora.pixels import SAM
 from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.loop import train
@@ -163,7 +164,7 @@ def test_entropy_is_measured_as_it_is_trained(prompt):
         doubt = answer.sigmoid().sub(0.5).abs()
     cols, rows = ((then.points[0, 2:] + 0.5) / 4 - 0.5).round().long().T
     assert doubt[rows[0], cols[0]] == doubt.min()
-    assert then.labels[0, 2:].tolist() == Frame(64, 64, 64, pad=True).label(label[0])[rows, cols].tolist()
+    assert then.labels[0, 2:].tolist() == Frame(64, 64, 64, pixels=SAM).label(label[0])[rows, cols].tolist()
 
     model.asked.clear()
     objective(model, [Sample("s", image[0], label[0], Transform(), (0, 0))], 1, None)

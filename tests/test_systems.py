@@ -84,13 +84,13 @@ def answered(model, objective, batch) -> list[tuple[torch.Tensor, torch.Tensor]]
     """(answer, truth), bool, by each way the system answers: its logits' own pixels, as these are all it can decide."""
     images, labels = ([torch.from_numpy(getattr(s, kind)) for s in batch] for kind in ("image", "label"))
     side, row = model.spec.image_size, objective.row
-    images, targets = make_batch(images, labels, [s.transform for s in batch], side, CPU, row.pad, model.fill, objective.low)
+    images, targets = make_batch(images, labels, [s.transform for s in batch], side, CPU, model.spec.pixels, model.fill, objective.low)
     ways = []
     if row.automatic:
         classes = model(images).argmax(1)
         ways.append((torch.stack([classes == c for c in (1, 2)]), torch.stack([targets == c for c in (1, 2)])))
     if row.promptable:
-        objects = draw_objects(batch, objective.prompting, side, row.pad, objective.config.seed, CPU, objective.low)
+        objects = draw_objects(batch, objective.prompting, side, model.spec.pixels, objective.config.seed, CPU, objective.low)
         ways.append((model(images, objects.prompts)[:, 0] > 0, objects.targets > 0))
     return ways
 
@@ -181,7 +181,7 @@ def test_the_adapter_gives_the_same_logits_bit_by_bit(saved):
         if row.promptable:
             objective = objective_for(model)
             batch = four_slices(side)[:2]
-            prompts = draw_objects(batch, objective.prompting, side, False, 3, CPU, objective.low).prompts
+            prompts = draw_objects(batch, objective.prompting, side, model.spec.pixels, 3, CPU, objective.low).prompts
             assert torch.equal(again(images, prompts), model(images, prompts))
 
 

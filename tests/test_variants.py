@@ -5,7 +5,7 @@ import pytest
 from samlora.compare.config import CompareConfig
 from samlora.compare.variants import find_variants
 from samlora.errors import InputError
-from samlora.model.checkpoint import find_base
+from samlora.model.bases import find_base
 from samlora.model.methods import SYSTEMS
 from samlora.options import make
 

@@ -10,8 +10,9 @@ import torch
 from samlora.data.recipe import Recipe
 from samlora.device import DTYPES, device_name, pick_device, pick_precision
 from samlora.errors import InputError
+from samlora.model.bases import DEMO_FILE, find_base
 from samlora.model.build import build_model, load_model
-from samlora.model.checkpoint import DEMO_FILE, Base, find_base, guess_spec, open_base, read_adapter
+from samlora.model.checkpoint import Base, guess_spec, open_base, read_adapter
 from samlora.model.methods import system_row
 from samlora.model.sam import Sam
 from samlora.model.variants import VARIANTS

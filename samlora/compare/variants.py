@@ -11,8 +11,9 @@ from typing import Any
 
 from samlora.compare.config import COMMON_PROMPTS
 from samlora.errors import InputError
+from samlora.model.bases import find_base
 from samlora.model.build import check_model, known_variant
-from samlora.model.checkpoint import find_base, recognise_variant
+from samlora.model.checkpoint import recognise_variant
 from samlora.model.methods import System, named_system, system_row
 from samlora.model.tensors import read_tensors
 from samlora.model.variants import VARIANTS

@@ -7,12 +7,13 @@ import numpy as np
 
 from samlora.data.augment import Transform, rotation
 from samlora.data.frame import Frame
+from samlora.pixels import SAMED, Pixels
 
 
 @functools.lru_cache(maxsize=64)
-def frame_of(height: int, width: int, side: int, pad: bool, low: int | None = None) -> Frame:
+def frame_of(height: int, width: int, side: int, pixels: Pixels, low: int | None = None) -> Frame:
     """The frame of samples of this size; one for all, as its matrices are worth keeping."""
-    return Frame(height, width, side, pad, low=low)
+    return Frame(height, width, side, pixels, low=low)
 
 
 def make_batch(
@@ -21,42 +22,35 @@ def make_batch(
     transforms: Sequence[Transform],
     side: int,
     device,
-    pad: bool = False,
+    pixels: Pixels = SAMED,
     fill: Sequence[float] = (0.0, 0.0, 0.0),
     low: int | None = None,
 ):
     """Augments and resizes samples of any size to one batch.
 
     images: tensors (H, W) or (C, H, W) float32, all with as many channels. labels: tensors (H, W) uint8. side: S, the
-    model's image size. pad: scaled by the longer side and padded with `fill`, one value a channel, instead of
-    stretched (samlora.data.frame). low: L, side of the model's logits; None for S/4. Returns images (B, C, S, S)
+    model's image size. pixels: how images are resized and what their values become (samlora.data.frame); padding is
+    `fill`, one value a channel. low: L, side of the model's logits; None for S/4. Returns images (B, C, S, S)
     float32, one gray channel as three equal ones, and labels (B, L, L) int64 on `device`, 0 in the padding; stretched
     labels are zoomed to S and then to L, as SAMed does.
     """
     import torch
 
     low = side // 4 if low is None else low
-    values = torch.tensor(fill, device=device)[:, None, None]
-    channels = 1 if images[0].ndim == 2 else len(images[0])
-    batch = torch.empty(len(images), len(values) if pad else channels, side, side, device=device)
+    batch = []
     targets = torch.empty(len(images), low, low, dtype=torch.int64, device=device)
     for i, (image, label, transform) in enumerate(zip(images, labels, transforms)):
         image, label = (transformed(x.to(device, non_blocking=True), transform) for x in (image, label))
-        frame = frame_of(*label.shape, side, pad, low)
-        if label.shape == (side, side):
-            batch[i] = image
-        else:
-            rows, cols = (torch.from_numpy(matrix).to(device) for matrix in frame.matrices)
-            batch[i] = rows @ image @ cols.T
-        if pad:
-            height, width = frame.size
-            batch[i, :, height:], batch[i, :, :, width:] = values, values
+        frame = frame_of(*label.shape, side, pixels, low)
+        batch.append(frame.squares(image[None] if image.ndim == 2 else image, fill))
         positions = [torch.from_numpy(np.array(index)).to(device) for index in frame.label_index]
         target = label[positions[0][:, None], positions[1]].long()
         target[positions[0] < 0, :] = 0
         target[:, positions[1] < 0] = 0
         targets[i] = target
-    return batch if batch.shape[1] > 1 else batch.expand(-1, 3, -1, -1), targets
+    # Of stretched gray images some fit the square as they are: all have one channel then, and padded ones have three.
+    squares = torch.stack([square.expand(max(map(len, batch)), -1, -1) for square in batch])
+    return squares if squares.shape[1] > 1 else squares.expand(-1, 3, -1, -1), targets
 
 
 def transformed(x, transform: Transform):

@@ -1,7 +1,8 @@
 """How an image lies in the square that a model takes, and the way back: pixels, points, boxes, labels, logits.
 
-Two ways in. Stretched to the square by cubic spline zoom, as SAMed does. Or scaled by the longer side and padded right
-and bottom, as SAM does (segment_anything.utils.transforms.ResizeLongestSide). Points are (x, y): column, row.
+Two ways in (`samlora.pixels.Pixels`). Stretched to the square, as SAMed does it. Or scaled by the longer side and
+padded right and bottom, as SAM does it (segment_anything.utils.transforms.ResizeLongestSide). Points are (x, y):
+column, row.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from samlora.data.augment import nearest_index, zoom_matrix
+from samlora.pixels import SAMED, Pixels
 
 
 @functools.lru_cache(maxsize=64)
@@ -30,21 +32,61 @@ def bilinear_matrix(source: int, target: int, antialias: bool = False) -> np.nda
     return matrix
 
 
+_LEAST_RANGE = np.float32(1e-4)  # of the values of an image: a flat one becomes 0, up to rounding
+
+
+@functools.lru_cache(maxsize=64)
+def area_matrix(source: int, target: int) -> np.ndarray:
+    """(target, source) float64 matrix W with OpenCV's resize(x, INTER_AREA) == W @ x along one axis.
+
+    Where it shrinks, a new pixel is the mean over its area. Where it enlarges, OpenCV interpolates linearly, and a
+    source pixel keeps its value over all new pixels that lie in it wholly.
+    """
+    matrix = np.zeros((target, source))
+    scale = source / target
+    new = np.arange(target)
+    if scale >= 1:
+        edges = np.arange(source)
+        low, high = new[:, None] * scale, (new[:, None] + 1) * scale
+        overlap = np.minimum(high, edges + 1) - np.maximum(low, edges)
+        matrix = np.clip(overlap, 0, None) / scale
+    else:
+        first = np.floor(new * scale).astype(np.int64)
+        share = (new + 1) - (first + 1) / scale
+        share = np.where(share <= 0, 0.0, share - np.floor(share))
+        matrix[new, first] += 1 - share
+        matrix[new, np.minimum(first + 1, source - 1)] += share
+    matrix.setflags(write=False)  # cached: shared by every caller
+    return matrix
+
+
+_MATRICES = {
+    "cubic": zoom_matrix,
+    "bilinear": functools.partial(bilinear_matrix, antialias=True),
+    "area": area_matrix,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Frame:
     """An image of `height` x `width` pixels in a square of side `side`, S, a multiple of 4.
 
-    pad: scaled by its longer side and padded right and bottom; else stretched. through: side to which it is zoomed
-    first, as the slices of a recipe with a `size` are; they are square then, and nothing is left to pad. low: side L of
-    the model's logits and targets; None for SAM's S/4.
+    pixels: how it is resized and what its values become. through: side to which it is zoomed first, as the slices of a
+    recipe with a `size` are; they are square then, and nothing is left to pad. low: side L of the model's logits and
+    targets; None for SAM's S/4.
     """
 
     height: int
     width: int
     side: int
-    pad: bool = False
+    pixels: Pixels = SAMED
     through: int | None = None
     low: int | None = None
+
+    @property
+    def pad(self) -> bool:
+        """Whether the image is scaled by its longer side and padded; otherwise it is stretched."""
+        return self.pixels.pad
 
     @property
     def low_side(self) -> int:
@@ -92,11 +134,12 @@ class Frame:
         """(H, W) or (H, W, C), uint8 or float in 0..1, as the model takes it: (C, S, S) float32; gray has C = 3.
 
         fill: value of the padding, or one for each channel. SAM pads with 0 after it subtracted its pixel mean: a
-        model that does so inside wants that mean here, in 0..1. Padded uint8 is scaled by Pillow, as SAM does, and
-        rounded to whole numbers on the way.
+        model that does so inside wants that mean here, in 0..1. Padded uint8 is scaled by Pillow, as SAM does, or, with
+        resampling "area", as OpenCV does, and rounded to whole numbers on the way.
         """
         planes = image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)
-        if image.dtype == np.uint8 and self.pad and self.through is None:
+        eight_bit = image.dtype == np.uint8 and self.through is None
+        if eight_bit and self.pad and self.pixels.resampling == "bilinear":
             from PIL import Image
 
             shape = self.size[::-1]
@@ -104,15 +147,46 @@ class Frame:
             square = np.zeros((len(planes), self.side, self.side), np.float32)
             square[:, : self.size[0], : self.size[1]] = np.stack(scaled) / np.float32(255)
         else:
-            planes = planes / np.float32(255) if image.dtype == np.uint8 else planes.astype(np.float32)
             rows, cols = self.matrices
-            square = rows @ planes @ cols.T
+            square = rows @ planes.astype(np.float32) @ cols.T
+            if eight_bit and self.pixels.resampling == "area":
+                square = np.floor(square + np.float32(0.5))  # OpenCV rounds a half upwards
+            if image.dtype == np.uint8:
+                square /= np.float32(255)
+        if self.pixels.values == "minmax":
+            inside = square[:, : self.size[0], : self.size[1]]
+            low, high = inside.min(), inside.max()
+            inside[...] = (inside - low) / max(high - low, _LEAST_RANGE)
         if len(square) == 1:
             square = np.repeat(square, 3, axis=0)
         fill = np.broadcast_to(np.asarray(fill, np.float32), len(square))[:, None, None]
         square[:, self.size[0] :] = fill
         square[:, :, self.size[1] :] = fill
         return square
+
+    def squares(self, images, fill: Sequence[float]):
+        """Images (..., C, H, W) float in 0..1, a torch tensor on any device, as the model takes them: (..., C, S, S).
+
+        As `image` does it, for many images of one size at once; gray ones keep their one channel, unless they are
+        padded. fill: one value for each channel.
+        """
+        import torch
+
+        rows, cols = (torch.from_numpy(matrix).to(images.device) for matrix in self.matrices)
+        square = images if self._fits else rows @ images.float() @ cols.T
+        height, width = self.size
+        if self.pixels.values == "minmax":
+            inside = square[..., :height, :width]
+            low, high = (getattr(inside, way)((-3, -2, -1), keepdim=True) for way in ("amin", "amax"))
+            square = (square - low) / (high - low).clamp(min=float(_LEAST_RANGE))
+        if self.size == (self.side, self.side):
+            return square
+        if square.shape[-3] == 1:
+            square = square.expand(*square.shape[:-3], len(fill), -1, -1)
+        within = torch.zeros(self.side, self.side, dtype=torch.bool, device=square.device)
+        within[:height, :width] = True
+        values = torch.tensor(fill, device=square.device)[:, None, None]
+        return torch.where(within, square, values)
 
     def points(self, points: np.ndarray) -> np.ndarray:
         """(..., 2) x, y in pixels of the image -> pixels of the square, float32."""
@@ -166,13 +240,18 @@ class Frame:
         return self.height, self.width
 
     @property
+    def _fits(self) -> bool:
+        """Whether the image is the square already."""
+        return self._shape == (self.side, self.side) and self.through in (None, self.side)
+
+    @property
     def _scale(self) -> np.ndarray:
         """Square over image along x and y, as SAM takes it from the rounded sizes."""
         return np.array([self.size[1] / self.width, self.size[0] / self.height])
 
     def _into(self, source: int, target: int) -> np.ndarray:
         middle = source if self.through is None else self.through
-        matrix = bilinear_matrix(middle, target, antialias=True) if self.pad else zoom_matrix(middle, target)
+        matrix = _MATRICES[self.pixels.resampling](middle, target)
         if middle != source:
             matrix = matrix @ zoom_matrix(source, middle)
         return np.pad(matrix, ((0, self.side - target), (0, 0))).astype(np.float32)

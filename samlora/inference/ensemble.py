@@ -41,6 +41,10 @@ class Averaged(nn.Module):
         self.models = nn.ModuleList(models)
         self.flips = FLIPS if flips else FLIPS[:1]
         self.spec = first
+        if len(framings := {(model.pixels, model.fill) for model in models}) > 1:
+            raise InputError(f"--adapter: these adapters prepare images differently ({framings}); average them apart")
+        self.pixels, self.fill = models[0].pixels, models[0].fill
+        self.logit_side = max(model.logit_side for model in models)
         self.volumetric = getattr(models[0], "volumetric", False)
         if self.volumetric:
             self.name, self.in_channels, self.roi = models[0].name, models[0].in_channels, models[0].roi

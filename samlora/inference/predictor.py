@@ -24,6 +24,7 @@ from samlora.inference.predict import as_case, fitting_recipe
 from samlora.inference.prompted import encode_slices
 from samlora.inference.propagate import Carried, StopRule, propagate
 from samlora.model import checkpoint
+from samlora.model.bases import DEMO_FILE, find_base
 from samlora.model.build import build_model, load_model
 from samlora.model.lora import merge
 from samlora.model.methods import system_row, trained_names
@@ -99,7 +100,7 @@ class Predictor:
         self.knows_score = untouched or any(name.startswith(f"{decoder}iou_prediction_head") for name in trained)
         # The demo base has learned single masks from points and boxes only: a mask prompt spoils its answers, and its
         # three masks mean nothing.
-        self.takes_masks = model.spec.base != checkpoint.DEMO_FILE
+        self.takes_masks = model.spec.base != DEMO_FILE
         three = untouched or any(name.startswith(f"{decoder}output_hypernetworks_mlps.1") for name in trained)
         self.knows_three = three and self.takes_masks
         self._cache: OrderedDict[int, Tensor] = OrderedDict()
@@ -126,7 +127,7 @@ class Predictor:
         if adapter is not None:
             return cls(merge(load_model(adapter, base, image_size)), recipe, device, precision)
         if base is None or base == "default":
-            base = checkpoint.find_base(system_row("sam").variant)
+            base = find_base(system_row("sam").variant)
         opened = checkpoint.open_base(base)
         size = image_size or VARIANTS[opened.variant].image_size
         return cls(build_model("sam", opened, image_size=size), recipe, device, precision)
@@ -146,7 +147,7 @@ class Predictor:
         case = self._as_case(image)
         height, width = case.image.shape[1:3]
         through = None if self.recipe is None else self.recipe.size
-        self._frame = Frame(height, width, self.model.image_size, self.row.pad, through, self.model.logit_side)
+        self._frame = Frame(height, width, self.model.image_size, self.model.pixels, through, self.model.logit_side)
         self._case, self.labels = case, np.zeros(case.image.shape[:3], np.uint8)
         return self.select(len(case.image) // 2 if index is None else index)
 

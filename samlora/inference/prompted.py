@@ -11,7 +11,6 @@ from samlora.data import prompts as from_masks
 from samlora.data.chunks import slices_from
 from samlora.data.frame import Frame
 from samlora.data.grid import neighbours
-from samlora.model.methods import system_row
 from samlora.model.sam import Prompts, Sam
 from samlora.prompting import Prompting
 
@@ -157,8 +156,8 @@ def predict_prompted(
     reference: (D, H, W) integer. input_size, with_neighbours: as in `slices.predict_slices`. Prompts depend on the seed
     and the slice alone.
     """
-    row, (height, width) = system_row(model.spec.system), image.shape[1:3]
-    frame = Frame(height, width, model.image_size, row.pad, input_size, model.logit_side)
+    height, width = image.shape[1:3]
+    frame = Frame(height, width, model.image_size, model.pixels, input_size, model.logit_side)
     result = np.zeros(image.shape[:3], np.uint8)
     shown = [index for index in range(len(image)) if reference[index].any()]
     first, later = in_turn(prompting)

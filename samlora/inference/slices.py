@@ -4,25 +4,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samlora.data.augment import nearest_index, zoom_matrix
+from samlora.data.frame import Frame
 from samlora.data.grid import neighbours
 from samlora.errors import InputError
 from samlora.inference.volumes import predict_patches
 from samlora.model.methods import system_row
-
-
-def enlarge(size: int, input_size: int | None, image_size: int) -> np.ndarray:
-    """(image_size, size) float32 matrix of a slice's way into the model along one axis.
-
-    input_size: side to which slices are shrunk first, as SAMed's test does so that they look like its
-    training slices; None to go straight to the model's size.
-    """
-    if input_size is None:
-        return zoom_matrix(size, image_size).astype(np.float32)
-    return (zoom_matrix(input_size, image_size) @ zoom_matrix(size, input_size)).astype(np.float32)
 
 
 def check_automatic(model: nn.Module, adapter: object) -> None:
@@ -48,33 +36,30 @@ def predict_slices(
 ) -> np.ndarray:
     """Labels of every slice of a stack; a model of volumes is slid over all of it (samlora.inference.volumes).
 
-    model: on `device`; logits (B, C, S/4, S/4) from images (B, 3, S, S). image: (D, H, W) or (D, H, W, channels)
+    model: on `device`; logits (B, C, L, L) from images (B, 3, S, S). image: (D, H, W) or (D, H, W, channels)
     float32, as the recipe makes it. image_size: S. precision: of the forward pass (autocast unless float32).
     progress: called with the number of slices done, after each batch. with_neighbours: of a gray stack, the slices
     before and after are the first and third channel (the recipe's channels are "neighbours").
-    Returns labels (D, H, W), uint8, or uint16 for more than 255 classes: cubic spline zoom to S, bilinear
-    zoom of the logits to S, argmax, nearest zoom back.
+    input_size: side to which slices are shrunk first, as SAMed's test does so that they look like its training slices;
+    None to go straight to the model's size.
+    Returns labels (D, H, W), uint8, or uint16 for more than 255 classes, by `Frame.squares` and `Frame.classes`.
     """
     if getattr(model, "volumetric", False):
         return predict_patches(model, image, input_size, batch_size, device, precision, progress)
     depth, height, width = image.shape[:3]
-    rows, cols = (torch.from_numpy(enlarge(n, input_size, image_size)).to(device) for n in (height, width))
-    back = [nearest_index(image_size, n) for n in (height, width)]
-    row_index, col_index = (torch.from_numpy(index.clip(0)).to(device) for index in back)
-    outside = torch.from_numpy((back[0] < 0)[:, None] | (back[1] < 0)).to(device)
+    frame = Frame(height, width, image_size, model.pixels, input_size, model.logit_side)
     labels: list[Tensor] = []
     for start in range(0, depth, batch_size):
         part = image[start : start + batch_size]
         if with_neighbours and image.ndim == 3:
             part = neighbours(image, range(start, start + len(part)))
         channels = part[:, None] if part.ndim == 3 else np.moveaxis(part, -1, 1)
-        batch = rows @ torch.from_numpy(np.ascontiguousarray(channels, dtype=np.float32)).to(device) @ cols.T
+        batch = torch.from_numpy(np.ascontiguousarray(channels, dtype=np.float32)).to(device)
+        squares = frame.squares(batch, model.fill)
         with torch.autocast(torch.device(device).type, precision, enabled=precision != torch.float32):
-            logits = model(batch.expand(-1, 3, -1, -1) if batch.shape[1] == 1 else batch)
-        logits = F.interpolate(logits.float(), (image_size, image_size), mode="bilinear", align_corners=False)
-        classes = logits.argmax(dim=1)[:, row_index[:, None], col_index].masked_fill(outside, 0)
-        labels.append(classes.to(torch.int32).cpu())
+            logits = model(squares.expand(-1, 3, -1, -1) if squares.shape[1] == 1 else squares)
+        labels.append(frame.classes(logits).to(torch.int32).cpu())
         if progress:
-            progress(len(batch))
+            progress(len(part))
     dtype = np.uint8 if logits.shape[1] <= 256 else np.uint16
     return torch.cat(labels).numpy().astype(dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from samlora.errors import InputError
+from samlora.pixels import SAMED
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Baseline(nn.Module):
     volumetric = False
     logit_stride = 1
     chunk = 1  # slices that must go in together, see samlora.model.sam.Sam
+    pixels = SAMED
 
     def __init__(self, name: str, image_size: int, num_masks: int, in_channels: int):
         super().__init__()

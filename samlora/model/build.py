@@ -4,7 +4,6 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +11,15 @@ import torch
 from samlora.errors import InputError
 from samlora.model import checkpoint
 from samlora.model.baselines import build_baseline, check_baseline
+from samlora.model.bases import find_base
 from samlora.model.checkpoint import Base, Spec
 from samlora.model.lora import LoRAOptions, inject_decoder, inject_encoder, translate_adapter
 from samlora.model.methods import System, system_options, system_row, train_only, trained_names
-from samlora.model.mobile import TinyEncoder, inject_tiny
 from samlora.model.sam import Sam, build_decoder, build_sam, usual_size
 from samlora.model.stem import InputStem
+from samlora.model.tiny_vit import TinyEncoder, inject_tiny
 from samlora.model.variants import STOCK_MASKS, VARIANTS
+from samlora.pixels import SAM, SAMED, Pixels
 
 NETWORK_SIZE = 512  # usual side of images for networks without a base
 PATCH_SIZE = 128  # and of patches
@@ -36,19 +37,21 @@ def build_model(
     recipe: dict | None = None,
     in_channels: int | None = None,
     options: Mapping[str, Any] | None = None,
+    pixels: Pixels | None = None,
 ) -> Sam:
     """Builds a system on a base, ready to train: `model(images (B, 3, S, S)) -> logits`, on the CPU, float32.
 
     base: a base checkpoint; "default" for the variant's file in ./checkpoints (vit_ti: the demo base that
     ships); a `checkpoint.Base` to share its tensors with other models; None for random weights, with a warning.
-    variant: vit_ti, vit_b, vit_l or vit_h; None to read it from the base.
-    image_size: S, a multiple of 16; None for 512 (vit_ti: 256; patches: 128).
-    num_classes: foreground classes; logits are (B, num_classes + 1, S/4, S/4) with background 0.
+    variant: a key of samlora.model.variants.VARIANTS; None to read it from the base.
+    image_size: S, a multiple of the variant's stride; None for 512 (vit_ti, lite_medsam: 256; patches: 128).
+    num_classes: foreground classes; logits are (B, num_classes + 1, L, L) with background 0, L = `model.logit_side`.
     rank, lora_layers: of the LoRA pairs; all encoder blocks when None.
     class_names, recipe: kept in the adapter file; recipe is plain data (samlora.data.recipe).
     in_channels: channels of the images; None for 3 (patches: 1). In a SAM others than 3 go through a learned 1x1
     convolution (samlora.model.stem).
     options: what the system's row offers beyond these, such as `freeze` of sam_prompt.
+    pixels: how images are prepared for the encoder; None for what the base and the system state.
     Images are in 0..1 for every system. Systems with prompts take them as `model(images, prompts)`.
     The result's `.spec` says what it is. Raises InputError or MissingFileError when something does not fit.
     """
@@ -68,10 +71,12 @@ def build_model(
         sam = build_baseline(system, image_size or _network_size(row), num_classes + 1, in_channels)
         sam.variant, base_name, digest = system, "none", None
         layers: Iterable[int] = ()
+        base_pixels = None
     else:
         num_masks = num_classes + 1 if row.prompts == "none" else None
         side = image_size if row.base_size is None else row.base_size(image_size)
-        sam, base_name, digest = _base(base, variant, row, side, num_masks)
+        sam, base_name, digest, base_pixels = _base(base, variant, row, side, num_masks)
+        sam.pixels = pixels or used_pixels(row, base_pixels)
         layers = _equip(sam, row, num_classes, rank, lora_layers, in_channels, chosen)
     names_trained = trained_names(sam, system, chosen)
     train_only(sam, names_trained)
@@ -91,8 +96,15 @@ def build_model(
         samlora_version=_version(),
         in_channels=in_channels,
         options=chosen,
+        pixels=SAMED if row.network else sam.pixels,
+        base_pixels=base_pixels,
     )
     return sam
+
+
+def used_pixels(row: System, base_pixels: Pixels) -> Pixels:
+    """How a system prepares images on a base: systems that depart from SAM's way do so on SAM's bases alone."""
+    return base_pixels if row.pixels is None or base_pixels != SAM else row.pixels
 
 
 def check_model(
@@ -132,7 +144,6 @@ def _equip(
     """Puts into a SAM what its system has beyond it; returns the blocks that got LoRA."""
     if in_channels != 3:
         sam.input_stem = InputStem(in_channels)
-    sam.normalise = row.normalise
     if row.prompts == "both":
         _add_class_decoder(sam, num_classes + 1)
     if row.insert is not None:
@@ -149,8 +160,7 @@ def _equip(
 def _add_class_decoder(sam: Sam, num_masks: int) -> None:
     """The base's decoder becomes the one for prompts; a copy of it, with mask tokens of its own, draws the classes."""
     sam.prompt_decoder, sam.mask_decoder, sam.num_masks = sam.mask_decoder, build_decoder(num_masks), num_masks
-    state = sam.prompt_decoder.state_dict()
-    shared = {name: tensor for name, tensor in state.items() if not checkpoint.is_class_tensor(name)}
+    shared = checkpoint.fitting(sam.prompt_decoder.state_dict(), sam.mask_decoder.state_dict())
     sam.mask_decoder.load_state_dict(shared, strict=False)
 
 
@@ -160,13 +170,13 @@ def _base(
     row: System,
     image_size: int | None,
     num_masks: int | None,
-) -> tuple[Sam, str, str | None]:
-    """The SAM, the name of its base and the SHA-256 of the base's file."""
+) -> tuple[Sam, str, str | None, Pixels]:
+    """The SAM, the name of its base, the SHA-256 of the base's file, and how the base wants its pixels."""
     if base == "default":
-        base = checkpoint.find_base(known_variant(variant or row.variant))
+        base = find_base(known_variant(variant or row.variant))
     if base is not None and not str(base).startswith("random:"):
-        sam, digest = checkpoint.load_base(base, variant, image_size, num_masks)
-        return sam, Path(str(base)).name, digest
+        sam, opened = checkpoint.load_base(base, variant, image_size, num_masks)
+        return sam, opened.path.name, opened.sha256, opened.pixels
     variant = known_variant(variant or row.variant)
     if base is None:
         # The seed is drawn from torch's generator and kept in the adapter, so that it can be rebuilt.
@@ -180,7 +190,7 @@ def _base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sam = build_sam(variant, image_size or usual_size(variant), num_masks or STOCK_MASKS)
-    return sam, f"random:{seed}", None
+    return sam, f"random:{seed}", None, VARIANTS[variant].pixels
 
 
 def known_variant(variant: str) -> str:
@@ -231,6 +241,7 @@ def load_model(
             recipe=spec.recipe,
             in_channels=spec.in_channels,
             options=spec.options,
+            pixels=spec.pixels,
         )
     if model.spec.base_sha256 != spec.base_sha256:
         raise InputError(

@@ -1,9 +1,7 @@
 """All weight files: base checkpoints and adapters, verified, read without unpickling, loaded strictly."""
 
-import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,28 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samlora.errors import InputError, MissingFileError
-from samlora.files import shipped
+from samlora.model.bases import advice, base_name, pixels_of, verify
 from samlora.model.lora import lora_names
 from samlora.model.sam import Sam, build_sam, state_shapes, usual_size
 from samlora.model.tensors import compare_shapes, read_tensors, write_tensors
-from samlora.model.variants import PATCH, VARIANTS
+from samlora.model.variants import VARIANTS
+from samlora.pixels import SAM, SAMED, Pixels
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # What adapters of an earlier format do not say, and what it was then.
 _SINCE = {2: {"in_channels": 3}, 3: {"options": {}}}
+# Until format 3 pixels were a matter of the system alone.
+_SAM_PIXELS_UNTIL_3 = ("sam", "sam_lora", "sam_prompt")
 
 # Decoder tensors whose shape, or meaning, depends on the number of classes. They are the only tensors a
-# base checkpoint may lack or hold in another shape, and they start fresh when classes replace SAM's masks.
+# base checkpoint may lack or hold in another shape. When classes replace SAM's masks, those that fit start from
+# the base and the others fresh, as SAMed's loader does it.
 CLASS_TENSORS = ("mask_tokens", "output_hypernetworks_mlps", "iou_prediction_head")
-
-# Meta's files carry the first six digits of their MD5 in the name.
-OFFICIAL_FILES = {
-    "vit_b": "sam_vit_b_01ec64.pth",
-    "vit_l": "sam_vit_l_0b3195.pth",
-    "vit_h": "sam_vit_h_4b8939.pth",
-}
-MOBILE_FILE = "mobile_sam.pt"
-DEMO_FILE = "sam_vit_ti_demo.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,7 @@ class Spec:
     class_names: one per foreground class. recipe: how its slices were made (samlora.data.recipe), as
     plain data. base: file name of the base weights, or "random:SEED". base_sha256: of that file. in_channels: of the
     images; other than 3 go through an input stem. options: what the system's row offers beyond these, as plain data.
+    pixels: how images are prepared for the encoder. base_pixels: how the base's authors do it; None without a base.
     """
 
     system: str
@@ -61,58 +55,23 @@ class Spec:
     format_version: int = FORMAT_VERSION
     in_channels: int = 3
     options: dict = field(default_factory=dict)
-
-
-def _digests(path: Path) -> tuple[str, str]:
-    """MD5 and SHA-256 of a file, from reading it once."""
-    digests = hashlib.md5(usedforsecurity=False), hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            for digest in digests:
-                digest.update(part)
-    return digests[0].hexdigest(), digests[1].hexdigest()
+    pixels: Pixels = SAMED
+    base_pixels: Pixels | None = SAM
 
 
 # --- base weights ----------------------------------------------------------------------------------------
 
 
-def find_base(variant: str) -> Path:
-    """The usual place of a variant's base weights: ./checkpoints, then the folder that ships with samlora.
-
-    Raises MissingFileError, with the command that fetches it, when the file is in neither.
-    """
-    name = {"vit_ti": DEMO_FILE, "vit_t": MOBILE_FILE}.get(variant) or OFFICIAL_FILES[variant]
-    for folder in (Path("checkpoints"), shipped("checkpoints")):
-        if (folder / name).is_file():
-            return folder / name
-    if variant == "vit_ti":
-        raise MissingFileError(
-            f"the demo base {name} is missing from samlora's checkpoints folder; install samlora again"
-        )
-    if variant == "vit_t":
-        raise MissingFileError(f"no base weights at checkpoints/{name}; take that file from MobileSAM's repository")
-    raise MissingFileError(f"no base weights at checkpoints/{name}; fetch them with: samlora download {variant}")
-
-
-def check_official(path: Path) -> str:
-    """The SHA-256 of a file; InputError when one under Meta's names has not the MD5 that its name promises."""
-    md5, sha256 = _digests(path)
-    match = re.fullmatch(r"sam_(vit_[blh])_([0-9a-f]{6})\.pth", path.name)
-    if match and path.name in OFFICIAL_FILES.values() and not md5.startswith(match[2]):
-        raise InputError(
-            f"{path}: the MD5 starts with {md5[:6]}, not with {match[2]} as its name promises; the file is damaged or "
-            f"not Meta's: delete it and run: samlora download {match[1]}"
-        )
-    return sha256
-
-
 def recognise_variant(state: dict[str, Tensor], path: str | os.PathLike) -> str:
-    """The key of VARIANTS whose width the patch embedding has. Raises InputError when there is none."""
+    """The key of VARIANTS whose patch embedding has the file's shape. Raises InputError when there is none."""
     patches = state.get("image_encoder.patch_embed.proj.weight")
-    if "image_encoder.patch_embed.seq.0.c.weight" in state:
-        return "vit_t"
+    tiny = state.get("image_encoder.patch_embed.seq.0.c.weight")
     for name, variant in VARIANTS.items():
-        if patches is not None and patches.shape == (variant.width, 3, PATCH, PATCH):
+        if variant.tiny:
+            fits = tiny is not None and tiny.shape[2:] == (variant.patch, variant.patch)
+        else:
+            fits = patches is not None and patches.shape == (variant.width, 3, variant.stride, variant.stride)
+        if fits:
             return name
     known = ", ".join(f"{name} ({v.width} wide)" for name, v in VARIANTS.items() if not v.tiny)
     found = (
@@ -123,11 +82,15 @@ def recognise_variant(state: dict[str, Tensor], path: str | os.PathLike) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A base file that was opened: its tensors, float32, which all models built on it share (`load_base`)."""
+    """A base file that was opened: its tensors, float32, which all models built on it share (`load_base`).
+
+    pixels: how the encoder wants its input.
+    """
 
     path: Path
     sha256: str
     variant: str
+    pixels: Pixels
     state: dict[str, Tensor]
 
     def __str__(self) -> str:
@@ -141,10 +104,10 @@ def open_base(path: str | os.PathLike, variant: str | None = None, device: torch
     """
     path = Path(path)
     if not path.is_file():
-        official = next((v for v, name in OFFICIAL_FILES.items() if name == path.name), None)
-        hint = f"fetch it with: samlora download {official}" if official else "fetch SAM's with: samlora download vit_b"
+        name = base_name(path)
+        hint = advice(name) if name else "fetch SAM's with: samlora download vit_b"
         raise MissingFileError(f"no base weights at {path}; {hint}")
-    sha256 = check_official(path)
+    sha256 = verify(path)
     state, _ = read_tensors(path)
     found = recognise_variant(state, path)
     if variant is not None and variant != found:
@@ -152,18 +115,19 @@ def open_base(path: str | os.PathLike, variant: str | None = None, device: torch
             f"{path}: holds a {found} base, but {variant} was asked for; give the file of {variant} "
             f"or --vit_name {found}"
         )
-    return Base(path, sha256, found, {name: tensor.to(device).float() for name, tensor in state.items()})
+    state = {name: tensor.to(device).float() for name, tensor in state.items()}
+    return Base(path, sha256, found, pixels_of(path, found), state)
 
 
 def load_base(
     path: str | os.PathLike | Base, variant: str | None, image_size: int | None, num_masks: int | None
-) -> tuple[Sam, str]:
-    """Builds a SAM and fills it from a base checkpoint; returns it with the file's SHA-256.
+) -> tuple[Sam, Base]:
+    """Builds a SAM and fills it from a base checkpoint; returns it with what was opened.
 
     path: a file, or a `Base`, whose tensors the model then shares instead of copying them (`unshare` what is to be
     written). variant: None to take what the file holds. image_size: None for `usual_size`; position tables are
-    resized to it. num_masks: mask tokens of a semantic decoder, whose CLASS_TENSORS then start fresh; None
-    keeps the file's decoder as it is. Parameters are float32.
+    resized to it. num_masks: mask tokens of a semantic decoder: of its CLASS_TENSORS those whose shape the file has
+    start from the file and the others fresh; None keeps the file's decoder as it is. Parameters are float32.
     Raises MissingFileError or InputError: no file, wrong hash, another variant, a tensor missing,
     unexpected or of a wrong shape.
     """
@@ -176,9 +140,18 @@ def load_base(
     _check_base(state, found, fresh_heads=num_masks is not None, path=base.path)
     state = resize_positions(state, found, image_size)
     if num_masks is not None:
-        state = {name: tensor for name, tensor in state.items() if not is_class_tensor(name)}
+        state = fitting(state, sam.state_dict())
     sam.load_state_dict(state, strict=num_masks is None, assign=base is path)
-    return sam, base.sha256
+    return sam, base
+
+
+def fitting(state: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state whose name and shape `into` has, but none of CLASS_TENSORS that has another shape."""
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if not is_class_tensor(name) or (name in into and into[name].shape == tensor.shape)
+    }
 
 
 def unshare(model: nn.Module, names: Iterable[str]) -> None:
@@ -202,7 +175,7 @@ def _check_base(state: dict[str, Tensor], variant: str, fresh_heads: bool, path:
             raise InputError(
                 f"{path}: image_encoder.pos_embed is missing or not a (1, h, w, c) table; fetch the file again"
             )
-        side = positions.shape[1] * PATCH
+        side = positions.shape[1] * VARIANTS[variant].stride
     masks = state.get("mask_decoder.mask_tokens.weight")
     expected = state_shapes(variant, side, 4 if masks is None else len(masks))
     compare_shapes(
@@ -219,7 +192,7 @@ def resize_positions(state: dict[str, Tensor], variant: str, image_size: int) ->
     `pos_embed` goes to S/16 x S/16; the relative tables of the global blocks go to 2 S/16 - 1 rows, over the
     (rows, head channels) plane as SAMed does; windowed blocks keep theirs. Other entries pass untouched.
     """
-    grid = image_size // PATCH
+    grid = image_size // VARIANTS[variant].stride
     resized = dict(state)
     if VARIANTS[variant].tiny:
         return resized
@@ -291,11 +264,17 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], Spec | Non
     for version, values in _SINCE.items():
         if description.get("format_version", FORMAT_VERSION) < version:
             description = values | description
+    if description.get("format_version", FORMAT_VERSION) < 4:
+        used = SAM if description.get("system") in _SAM_PIXELS_UNTIL_3 else SAMED
+        description = {"pixels": asdict(used), "base_pixels": asdict(SAM)} | description
     wrong = description.keys() ^ {known.name for known in fields(Spec)}
     if wrong:
         raise InputError(f"{path}: its description is damaged ({', '.join(sorted(wrong))}); save it again")
     for name in ("lora_layers", "class_names"):
         description[name] = tuple(description[name])
+    for name in ("pixels", "base_pixels"):
+        if description[name] is not None:
+            description[name] = Pixels(**description[name])
     return tensors, Spec(**description)
 
 
@@ -305,7 +284,7 @@ def guess_spec(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict:
     num_classes is None for plain LoRA files: they go with the base's own decoder.
     """
     rank, width = tensors["w_a_000"].shape if tensors["w_a_000"].ndim == 2 else (0, 0)
-    variant = next((name for name, v in VARIANTS.items() if v.width == width), None)
+    variant = next((name for name, v in VARIANTS.items() if v.width == width and not v.tiny), None)
     pairs = sum(name.startswith("w_a_") for name in tensors)
     if variant is None or pairs != 2 * VARIANTS[variant].depth:
         raise InputError(

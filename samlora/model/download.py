@@ -7,10 +7,11 @@ import urllib.request
 from pathlib import Path
 
 from samlora.errors import InputError
-from samlora.model.checkpoint import OFFICIAL_FILES, check_official
+from samlora.model.bases import BASES, verify
 
 ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything/"
 CHUNK = 1 << 20
+META = ("vit_b", "vit_l", "vit_h")
 
 
 def download(variant: str, folder: str | Path = "checkpoints", address: str | None = None) -> Path:
@@ -22,12 +23,12 @@ def download(variant: str, folder: str | Path = "checkpoints", address: str | No
     """
     from tqdm import tqdm
 
-    if variant not in OFFICIAL_FILES:
-        raise InputError(f"there is no public file for {variant!r}; allowed: {', '.join(OFFICIAL_FILES)}")
-    name, address = OFFICIAL_FILES[variant], address or ADDRESS
+    if variant not in META:
+        raise InputError(f"there is no public file for {variant!r}; allowed: {', '.join(META)}")
+    name, address = BASES[variant].file, address or ADDRESS
     target, part = Path(folder) / name, Path(folder) / (name + ".part")
     if target.is_file():
-        check_official(target)
+        verify(target)
         return target
     total = 0
     try:

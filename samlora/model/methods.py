@@ -15,6 +15,7 @@ from samlora.model.baselines import BASELINES
 from samlora.model.lora import TARGETS, LoRAOptions
 from samlora.model.sam import Sam
 from samlora.model.samus import base_size, insert_samus, samus_names
+from samlora.pixels import MEDSAM, SAMED, Pixels
 from samlora.prompting import Prompting
 
 
@@ -27,9 +28,9 @@ class System:
     too. insert: puts modules of the system's own into a SAM, by its options. base_size: at which side a base is loaded
     for a model of a side, where these differ. network: a network of samlora.model.baselines instead of a SAM.
     prompts: "none": one mask token per class and background, no prompts; "only": the base's own mask tokens, one mask
-    for each prompt; "both": two decoders. normalise: images get SAM's pixel statistics inside the model; otherwise
-    they enter as they are, 0 to 1. pad: images are scaled by their longer side and padded, as SAM does it; otherwise
-    stretched to the square. objective: what it trains on, a key of samlora.training.objectives.OBJECTIVES.
+    for each prompt; "both": two decoders. pixels: how the system prepares images on SAM's bases; None
+    for SAM's own way. On a base that wants its pixels otherwise than SAM's, the base decides.
+    objective: what it trains on, a key of samlora.training.objectives.OBJECTIVES.
     prompting: how its prompts are drawn from the reference.
     options: what else can be chosen when it is built, and the defaults. module: SAMed's name of it, if any.
     """
@@ -43,8 +44,7 @@ class System:
     base_size: Callable[[int | None], int] | None = None
     network: bool = False
     prompts: str = "none"
-    normalise: bool = False
-    pad: bool = False
+    pixels: Pixels | None = SAMED
     objective: str = "classes"
     prompting: Prompting = Prompting()
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -122,15 +122,13 @@ SYSTEMS = {
         trains=(),
         lora=False,
         prompts="only",
-        normalise=True,
-        pad=True,
+        pixels=None,
     ),
     "sam_lora": System(
         summary="LoRA on q and v of the image encoder alone, SAM's own decoder and prompts",
         trains=_ENCODER_LORA,
         prompts="only",
-        normalise=True,
-        pad=True,
+        pixels=None,
         objective="masks",
         prompting=Prompting("pt_box"),
         options=_LORA_OPTIONS,
@@ -141,6 +139,7 @@ SYSTEMS = {
         trains=("image_encoder.*", "!image_encoder.*head.*", *_PROMPTED_DECODER),
         lora=False,
         prompts="only",
+        pixels=MEDSAM,
         objective="masks",
         prompting=Prompting("box", box_jitter=20),
     ),
@@ -149,6 +148,7 @@ SYSTEMS = {
         trains=_PROMPTED_DECODER,
         lora=False,
         prompts="only",
+        pixels=MEDSAM,
         objective="masks",
         prompting=Prompting("box", box_jitter=20),
     ),
@@ -163,8 +163,7 @@ SYSTEMS = {
         ),
         lora=False,
         prompts="only",
-        normalise=True,
-        pad=True,
+        pixels=None,
         objective="focal_dice_iou",
         prompting=Prompting("pt_box", box_jitter=10, sample_num=2, negative_num=1, max_objects=4, parts=True),
         options={"freeze": ("image_encoder", "prompt_encoder")},

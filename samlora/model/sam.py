@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from samlora.errors import InputError
-from samlora.model.mobile import build_tiny_encoder
-from samlora.model.variants import EMBED, PATCH, STOCK_MASKS, VARIANTS, WINDOW, Variant
+from samlora.model.tiny_vit import TinyEncoder
+from samlora.model.variants import EMBED, STOCK_MASKS, VARIANTS, WINDOW, Variant, check_size
+from samlora.pixels import Pixels
 
 # SAM's own pixel statistics, for images in 0..255 (segment_anything.build_sam).
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -55,7 +56,7 @@ class Prompts:
 class Answer(NamedTuple):
     """All that a forward pass can say; None for what was not asked or the system has not.
 
-    classes: (B, C, S/4, S/4) logits of the automatic masks. masks: (P, M, S/4, S/4) logits of every mask token for each
+    classes: (B, C, L, L) logits of the automatic masks. masks: (P, M, L, L) logits of every mask token for each
     prompt; the first is SAM's single mask, the others its three for an ambiguous prompt. iou: (P, M), predicted.
     """
 
@@ -194,9 +195,10 @@ class ImageEncoder(nn.Module):
     def __init__(self, variant: Variant, image_size: int):
         super().__init__()
         self.checkpointing = False
-        grid = image_size // PATCH
+        patch = variant.stride
+        grid = image_size // patch
         self.img_size = image_size
-        self.patch_embed = PatchEmbed((PATCH, PATCH), (PATCH, PATCH), embed_dim=variant.width)
+        self.patch_embed = PatchEmbed((patch, patch), (patch, patch), embed_dim=variant.width)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, variant.width))
         self.blocks = nn.ModuleList(
             Block(variant.width, variant.heads, 0 if i in variant.global_blocks else WINDOW, grid)
@@ -253,9 +255,10 @@ class Sam(nn.Module):
     """Segment Anything: `image_encoder`, `prompt_encoder`, `mask_decoder`, with Meta's key names.
 
     Two decoders make a model that answers with and without prompts: then `mask_decoder` draws the classes and
-    `prompt_decoder` is the one for prompts. normalise: brings images from 0..1 to SAM's pixel statistics first, as
-    Meta trained it; SAMed and MedSAM leave that out. chunk: neighbouring slices of a volume that are encoded together,
-    one after the other in the batch; 1 where each is encoded by itself.
+    `prompt_decoder` is the one for prompts. stride: pixels of the image for one token of the embedding. pixels: how
+    images are prepared for the encoder; of it only SAM's pixel statistics are applied in here, the rest by
+    `samlora.data.frame`. chunk: neighbouring slices of a volume that are encoded together, one after the other in the
+    batch; 1 where each is encoded by itself.
     """
 
     def __init__(self, variant: str, image_size: int, num_masks: int):
@@ -263,13 +266,15 @@ class Sam(nn.Module):
         self.variant = variant
         self.image_size = image_size
         self.num_masks = num_masks
-        self.normalise, self.chunk = False, 1
+        self.pixels, self.chunk = Pixels(), 1
         # build.py sets these where a system has them.
         self.input_stem = None  # for images of other than three channels, see samlora.model.stem
         self.prompt_decoder = None
-        grid = image_size // PATCH
         size = VARIANTS[variant]
-        self.image_encoder = build_tiny_encoder(image_size) if size.tiny else ImageEncoder(size, image_size)
+        self.stride = size.stride
+        grid = image_size // self.stride
+        encoder = TinyEncoder if size.tiny else ImageEncoder
+        self.image_encoder = encoder(size, image_size)
         self.prompt_encoder = PromptEncoder(EMBED, (grid, grid), (image_size, image_size), mask_in_chans=16)
         self.mask_decoder = build_decoder(num_masks)
 
@@ -281,15 +286,15 @@ class Sam(nn.Module):
         """
         if self.input_stem is not None:
             return (0.0,) * self.input_stem.in_channels
-        return tuple(mean / 255 for mean in PIXEL_MEAN) if self.normalise else (0.0,) * 3
+        return tuple(mean / 255 for mean in PIXEL_MEAN) if self.pixels.values == "sam" else (0.0,) * 3
 
     @property
     def logit_side(self) -> int:
-        """Side of the logits and of mask prompts, in pixels: S/4, or what the system has instead."""
+        """Side L of the logits and of mask prompts, in pixels: 4 S/stride, or what the system has instead."""
         return self.prompt_encoder.mask_input_size[0]
 
     def encode(self, images: Tensor) -> Tensor:
-        """Image embeddings (B, 256, S/16, S/16) of images (B, channels, S, S) in 0..1.
+        """Image embeddings (B, 256, S/stride, S/stride) of images (B, channels, S, S) in 0..1.
 
         Raises InputError for images of another size.
         """
@@ -302,7 +307,7 @@ class Sam(nn.Module):
             )
         if self.input_stem is not None:
             images = self.input_stem(images)
-        if self.normalise:
+        if self.pixels.values == "sam":
             mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
             images = (images * 255 - mean) / std
         return self.image_encoder(images)
@@ -315,7 +320,7 @@ class Sam(nn.Module):
         image_index: Tensor | None = None,
         decoder: MaskDecoder | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Masks (P, M, S/4, S/4) and predicted IoU (P, M) from embeddings and embedded prompts."""
+        """Masks (P, M, L, L) and predicted IoU (P, M) from embeddings and embedded prompts."""
         # Sines of large arguments: half precision would move every position.
         with torch.autocast(embeddings.device.type, enabled=False):
             image_pe = self.prompt_encoder.get_dense_pe()
@@ -339,7 +344,7 @@ class Sam(nn.Module):
             return torch.cat([sparse[:, :-2], corners], dim=1), dense
 
     def answer(self, embeddings: Tensor, prompts: Prompts | None = None, classes: bool = True) -> Answer:
-        """The masks of images that were encoded before: embeddings (B, 256, S/16, S/16).
+        """The masks of images that were encoded before: embeddings (B, 256, S/stride, S/stride).
 
         Prompts go to `prompt_decoder` where there is one, else to `mask_decoder`. classes: also the automatic masks,
         or, of a model with one decoder, every mask token's mask without prompts.
@@ -362,8 +367,8 @@ class Sam(nn.Module):
         """Low-resolution logits of a batch.
 
         images: (B, 3, S, S) in 0..1, or as many channels as the input stem takes; None where their `embeddings` are
-        given. Without prompts every mask token's mask: (B, num_masks, S/4, S/4). With prompts one mask per prompt
-        (mask token 0, SAM's single-mask output): (P, 1, S/4, S/4). details: an `Answer` instead, with everything a
+        given. Without prompts every mask token's mask: (B, num_masks, L, L). With prompts one mask per prompt
+        (mask token 0, SAM's single-mask output): (P, 1, L, L). details: an `Answer` instead, with everything a
         system that answers with and without prompts has. Raises InputError for images of another size.
         """
         embeddings = self.encode(images) if embeddings is None else embeddings
@@ -390,17 +395,15 @@ def usual_size(variant: str) -> int:
 def build_sam(variant: str, image_size: int | None = None, num_masks: int = STOCK_MASKS) -> Sam:
     """Builds a SAM with random weights.
 
-    variant: a key of VARIANTS. image_size: side in pixels, a multiple of 16; None for the variant's own.
+    variant: a key of VARIANTS. image_size: side in pixels, a multiple of the variant's stride; None for the
+    variant's own.
     num_masks: mask tokens of the decoder; 4 as in Meta's files, num_classes + 1 for semantic masks.
     Raises InputError for an unknown variant or an impossible size.
     """
     if variant not in VARIANTS:
         raise InputError(f"unknown SAM variant {variant!r}; known: {', '.join(VARIANTS)}")
     image_size = VARIANTS[variant].image_size if image_size is None else image_size
-    if image_size < PATCH or image_size % PATCH:
-        raise InputError(
-            f"image size {image_size} is not a multiple of {PATCH}; try {max(1, round(image_size / PATCH)) * PATCH}"
-        )
+    check_size(VARIANTS[variant], image_size)
     return Sam(variant, image_size, num_masks)
 
 

@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from samlora.errors import InputError
 from samlora.model.adapters import Adapter
 from samlora.model.sam import Block, ImageEncoder, Sam, build_sam
-from samlora.model.variants import PATCH, STOCK_MASKS
+from samlora.model.variants import STOCK_MASKS
 
+PATCH = 16  # pixels along a side of SAM's patches
 STRIDE = 8  # pixels of the image from one token to the next
 BASE = 4  # the base is a SAM of this many times the image's side; its position table is then twice the token grid
 IMAGE_SIZE = 256

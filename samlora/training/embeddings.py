@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from samlora.data.batch import make_batch
 from samlora.data.cache import building, read_index, write_index
 from samlora.data.dataset import Sample, SliceDataset, fingerprint
 from samlora.errors import InputError
-from samlora.model.methods import system_row
 from samlora.model.sam import Sam
 
 _FORMAT = 1
@@ -31,7 +31,7 @@ class EmbeddingCache:
     """
 
     def __init__(self, folder: str | os.PathLike, model: Sam, slices: SliceDataset, precision: torch.dtype, batch: int):
-        spec, row = model.spec, system_row(model.spec.system)
+        spec = model.spec
         moving = [n for n, p in model.named_parameters() if p.requires_grad and n.startswith(("image_enc", "input_st"))]
         if moving:
             raise InputError(
@@ -39,7 +39,7 @@ class EmbeddingCache:
                 f"{moving[0]}), so its embeddings change; leave the flag out, or use medsam_decoder"
             )
         base, contents = spec.base_sha256 or spec.base, fingerprint(slices.slices, skip=True)
-        origin = [_FORMAT, contents, base, spec.variant, spec.image_size, row.pad, row.normalise, str(precision), batch]
+        origin = [_FORMAT, contents, base, spec.variant, spec.image_size, asdict(spec.pixels), str(precision), batch]
         name = hashlib.sha256(repr(origin).encode()).hexdigest()[:16]
         data, index = (Path(folder) / f"{name}.{ending}" for ending in ("embeddings", "json"))
         facts = read_index(index, [data], slices.slices)
@@ -69,7 +69,7 @@ class EmbeddingCache:
     def _encode(self, data: Path, model: Sam, slices: SliceDataset, precision: torch.dtype, batch: int) -> dict:
         from tqdm import tqdm
 
-        row, device = system_row(model.spec.system), next(model.parameters()).device
+        pixels, device = model.spec.pixels, next(model.parameters()).device
         count, shape, dtype, holes = 0, (), "float32", []
         samples = _readable(slices, holes)
         bar = tqdm(total=len(slices), desc="embedding slices once", unit="slice", disable=None)
@@ -77,7 +77,7 @@ class EmbeddingCache:
             while some := list(islice(samples, batch)):
                 images, labels = ([torch.from_numpy(getattr(s, kind)) for s in some] for kind in ("image", "label"))
                 transforms = [sample.transform for sample in some]
-                square, _ = make_batch(images, labels, transforms, model.image_size, device, row.pad, model.fill)
+                square, _ = make_batch(images, labels, transforms, model.image_size, device, pixels, model.fill)
                 with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                     embeddings = model.encode(square).cpu()
                 shape, dtype = embeddings.shape[1:], str(embeddings.dtype).removeprefix("torch.")

@@ -52,7 +52,7 @@ class Objective:
     def __init__(self, config: TrainConfig, model: Sam | Baseline, prompting: Prompting):
         self.config, self.prompting, self.spec = config, prompting, model.spec
         self.row, self.chunk = system_row(model.spec.system), model.chunk
-        self.low, self.fill = model.logit_side, model.fill
+        self.low, self.fill, self.pixels = model.logit_side, model.fill, model.spec.pixels
 
     def __call__(
         self, model: Any, batch: Sequence[Sample], own: int, total: int | None, embeddings: Tensor | None = None
@@ -69,7 +69,7 @@ class Objective:
             [s.transform for s in batch],
             self.spec.image_size,
             next(model.parameters()).device,
-            self.row.pad,
+            self.pixels,
             self.fill,
             self.low,
         )
@@ -123,7 +123,7 @@ class Masks(Objective):
     ) -> Objects:
         """What the prompts of this batch ask for, on the model's device."""
         device, (asked, later) = next(model.parameters()).device, in_turn(self.prompting)
-        objects = draw_objects(batch, asked, self.spec.image_size, self.row.pad, self.config.seed, device, self.low)
+        objects = draw_objects(batch, asked, self.spec.image_size, self.pixels, self.config.seed, device, self.low)
         if later:
             with torch.no_grad():
                 masks = model(images, objects.prompts, embeddings, details=True).masks[:, 0]

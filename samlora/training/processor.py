@@ -52,7 +52,7 @@ class Samprocessor:
         and inside (L, L) bool, false in the padding. Raises InputError for an empty mask where the prompt needs one.
         """
         height, width = image.shape[:2]
-        frame = Frame(height, width, self.side, self.row.pad, low=self.low)
+        frame = Frame(height, width, self.side, self.spec.pixels, low=self.low)
         sample: dict = {
             "image": torch.from_numpy(frame.image(image, self.fill)),
             "original_size": (height, width),

@@ -11,6 +11,7 @@ from samlora.data.batch import frame_of, transformed
 from samlora.data.dataset import Sample
 from samlora.inference.prompted import as_prompts, choose, draw_prompt
 from samlora.model.sam import Prompts
+from samlora.pixels import Pixels
 from samlora.prompting import Prompting
 
 
@@ -36,7 +37,7 @@ def draw_objects(
     batch: Sequence[Sample],
     prompting: Prompting,
     side: int,
-    pad: bool,
+    pixels: Pixels,
     seed: int,
     device: torch.device,
     low: int | None = None,
@@ -49,14 +50,14 @@ def draw_objects(
     for number, sample in enumerate(batch):
         random = np.random.default_rng([seed, 4, *sample.key])
         label = transformed(torch.from_numpy(sample.label), sample.transform).numpy()
-        frame = frame_of(*label.shape, side, pad, low)
+        frame = frame_of(*label.shape, side, pixels, low)
         for mask in choose(label, prompting, random):
             found.append(draw_prompt(mask, prompting, frame, random))
             targets.append(frame.label(mask))
             inside.append(frame.inside)
             where.append(number)
     if not found:  # a forward pass needs something to ask for, and processes must keep in step
-        frame = frame_of(*batch[0].label.shape, side, pad, low)
+        frame = frame_of(*batch[0].label.shape, side, pixels, low)
         empty = np.zeros(batch[0].label.shape, bool)
         found = [draw_prompt(~empty, prompting, frame, np.random.default_rng(seed))]
         targets, inside, where = [frame.label(empty)], [frame.inside], [0]

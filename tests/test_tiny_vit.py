@@ -1,7 +1,5 @@
 """MobileSAM's encoder: the published names, any size, and LoRA that finds q, k and v of every head."""
 
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -9,10 +7,9 @@ from torch import nn
 from samlora.errors import InputError
 from samlora.model.lora import LoRA_qkv, LoRAOptions, lora_names, merge, unmerge
 from samlora.model.methods import train_only
-from samlora.model.mobile import build_tiny_encoder, inject_tiny
 from samlora.model.sam import Sam, build_sam
-
-pytest.importorskip("timm")
+from samlora.model.tiny_vit import TinyEncoder, inject_tiny
+from samlora.model.variants import VARIANTS
 
 WIDTHS, DEPTHS, HEADS, WINDOWS = (64, 128, 160, 320), (2, 2, 6, 2), (2, 4, 5, 10), (7, 7, 14, 7)
 
@@ -82,7 +79,7 @@ def published_state() -> dict[str, torch.Tensor]:
 
 def mobile_sam(image_size: int) -> Sam:
     sam = build_sam("vit_ti", image_size)
-    sam.image_encoder = build_tiny_encoder(image_size)
+    sam.image_encoder = TinyEncoder(VARIANTS["vit_t"], image_size)
     return sam
 
 
@@ -93,7 +90,7 @@ def state() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def encoder(state):
-    encoder = build_tiny_encoder(64)
+    encoder = TinyEncoder(VARIANTS["vit_t"], 64)
     prefix = "image_encoder."
     encoder.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
     return encoder.requires_grad_(False)
@@ -264,18 +261,12 @@ def test_chosen_blocks_and_their_names(state):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: build_tiny_encoder(100), "try 96"),
-        (lambda: inject_tiny(build_tiny_encoder(64), 4, [10]), "0 to 9"),
-        (lambda: inject_tiny(build_tiny_encoder(64), 0), "rank 0"),
+        (lambda: build_sam("vit_t", 100), "try 96"),
+        (lambda: inject_tiny(TinyEncoder(VARIANTS["vit_t"], 64), 4, [10]), "0 to 9"),
+        (lambda: inject_tiny(TinyEncoder(VARIANTS["vit_t"], 64), 0), "rank 0"),
     ],
 )
 def test_errors(call, words):
     with pytest.raises(InputError) as error:
         call()
     assert words in str(error.value) and "\n" not in str(error.value)
-
-
-def test_without_timm_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InputError, match=r"samlora\[mobile\]"):
-        build_tiny_encoder(64)

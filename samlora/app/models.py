@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from samlora.data.recipe import Recipe
-from samlora.device import DTYPES, device_name, pick_device, pick_precision
+from samlora.device import DTYPES, device_name, exact_float32, pick_device, pick_precision
 from samlora.errors import InputError
 from samlora.model.bases import DEMO_FILE, find_base
 from samlora.model.build import build_model, load_model
@@ -61,6 +61,7 @@ class Models:
     ):
         self.lock = threading.Lock()
         self.device = pick_device(device)
+        exact_float32()
         self.precision: torch.dtype = DTYPES[pick_precision(precision, self.device)]
         self._bases: dict[Path, Base] = {}
         loaded = [self._load(Path(adapter), ckpt, recipe) for adapter in adapters]

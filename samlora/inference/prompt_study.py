@@ -242,7 +242,7 @@ def _predictor(first: Path, config: PromptStudyConfig) -> tuple["Predictor", dic
     """The model, with the recipe of its slices, and the names of the classes."""
     from samlora.data.recipe import Recipe
     from samlora.data.volume import read_case
-    from samlora.device import DTYPES, pick_device, pick_precision
+    from samlora.device import DTYPES, exact_float32, pick_device, pick_precision
     from samlora.inference.predictor import Predictor
     from samlora.model.checkpoint import read_adapter
     from samlora.model.methods import system_row
@@ -254,6 +254,7 @@ def _predictor(first: Path, config: PromptStudyConfig) -> tuple["Predictor", dic
     recipe = None if stored is None else Recipe.from_dict(stored, str(first))
     own = spec is not None and spec.recipe is not None
     device = pick_device(config.device)
+    exact_float32()
     precision = DTYPES[pick_precision(config.precision, device)]
     predictor = Predictor.load(
         config.adapter, config.ckpt or "default", None if own else recipe, device, precision, config.image_size

@@ -97,8 +97,8 @@ class TrainConfig:
     augment: str = option("samed", "turns, flips and rotations as SAMed does, or none", ("samed", "none"))
     cache_embeddings: str | None = option(
         None,
-        "folder for the image embeddings of a system whose encoder is frozen: computed once, read in every epoch; "
-        "needs --augment none",
+        "folder for what the frozen part of the image encoder makes of the slices, up to its first block that "
+        "trains: computed once, read in every epoch; needs --augment none",
     )
     cache_samples: str | None = option(
         None, "folder to keep all slices in, decoded once: takes disk (1.3 MB a slice of 512 px), saves time"
@@ -162,7 +162,7 @@ class TrainConfig:
             raise InputError(f"--prompt_ratio {self.prompt_ratio} is not possible; give a weight between 0 and 1")
         if self.cache_embeddings and self.augment != "none":
             raise InputError(
-                f"--cache_embeddings {self.cache_embeddings}: an embedding is of one picture, and --augment "
+                f"--cache_embeddings {self.cache_embeddings}: what is kept is of one picture, and --augment "
                 f"{self.augment} shows another in every epoch; add --augment none"
             )
         if not 0 <= self.ema < 1:

@@ -10,7 +10,7 @@ import torch
 from samlora.data.recipe import Recipe
 from samlora.device import DTYPES, device_name, pick_device, pick_precision
 from samlora.errors import InputError
-from samlora.model.bases import DEMO_FILE, find_base
+from samlora.model.bases import DEMO_FILE, base_name, find_base
 from samlora.model.build import build_model, load_model
 from samlora.model.checkpoint import Base, guess_spec, open_base, read_adapter
 from samlora.model.methods import system_row
@@ -83,11 +83,14 @@ class Models:
 
     def _load(self, path: Path, ckpt: str | Path | None, recipe: Recipe | None) -> tuple[Path, Entry]:
         tensors, spec = read_adapter(path)
-        variant = guess_spec(tensors, path)["variant"] if spec is None else spec.variant
+        if spec is None:
+            usual = guess_spec(tensors, path)["variant"]
+        else:
+            usual = base_name(Path(spec.base)) or spec.variant
         if spec is not None and system_row(spec.system).network:
             raise InputError(f"--adapter {path}: {spec.system} is no SAM; the page has none of it, use samlora predict")
         own_base = spec is not None and spec.base.startswith("random:") and ckpt is None
-        base = "default" if own_base else self._base(find_base(variant) if ckpt is None else Path(ckpt))
+        base = "default" if own_base else self._base(find_base(usual) if ckpt is None else Path(ckpt))
         model = load_model(path, base)
         row, spec = system_row(model.spec.system), model.spec
         if spec.recipe is not None:

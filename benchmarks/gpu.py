@@ -12,6 +12,7 @@ Writes benchmarks/results/gpu.json.
 """
 
 import contextlib
+import copy
 import csv
 import importlib.util
 import json
@@ -262,10 +263,11 @@ def golden(sizes: Sizes, device: torch.device, keep: Keep) -> None:
                     result["logits"][entry]["bf16"] = apart(model(image)[0].float(), wanted)
             keep(result)
         for system in ("samed", "samed_s") if sizes.train_steps else ():
+            model = models.golden_model(base, system, 256, 3, zero_b=True).train()
             runs = []
             for _ in range(2):
-                model = models.golden_model(base, system, 256, 3, zero_b=True).to(device).train()
-                runs.append(np.array(models.train_steps(model, device, sizes.train_steps)[0]))
+                copied = copy.deepcopy(model).to(device)
+                runs.append(np.array(models.train_steps(copied, device, sizes.train_steps)[0]))
             expected = reference[f"{system}_train_losses"][: sizes.train_steps]
             result["losses"][system] = {
                 "loss_ce_dice": runs[0].tolist(),

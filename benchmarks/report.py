@@ -284,7 +284,7 @@ def gpu(record: Mapping | None) -> str:
             f"Short training: {trained['steps']} steps in {trained['seconds']} s, validation Dice "
             f"{trained['best_dice']:.3f} on a drawn patient.\n"
         )
-    torch, facts, commit = record["versions"]["torch"], record["gpu"], record["commit"][:12]
+    torch, facts, commit = record["versions"]["torch"], record["gpu"], str(record["commit"])[:12]
     lines.append(f"{facts['name']}, CUDA {facts['cuda']}; torch {torch}; commit `{commit}`.\n")
     return "\n".join(lines)
 

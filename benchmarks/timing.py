@@ -143,10 +143,17 @@ def heading(
         "what": what,
         "device": device_text(device),
         "load_at_start": os.getloadavg()[0],
-        "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
+        "versions": {name: _version(name) for name in packages} | {"python": platform.python_version()},
         "commit": commit(),
         "config": dict(config),
     } | ({"freed_memory": "kept by samlora, given back by published code"} if kept else {})
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # samlora run from a source tree that was not installed
+        return "not installed"
 
 
 def write_record(record: Mapping[str, object], path: Path) -> None:

@@ -107,6 +107,14 @@ def is_available(name: str) -> bool:
     return True
 
 
+def default_base() -> Path:
+    """Where the base lies that is used when none is named: LiteMedSAM where it is installed, else the demo base.
+
+    Raises what `find_base` raises for the demo base.
+    """
+    return find_base("lite_medsam" if is_available("lite_medsam") else "vit_ti")
+
+
 def advice(name: str) -> str:
     """How to get the base `name`, as the end of a message."""
     base = BASES[name]

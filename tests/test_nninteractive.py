@@ -519,7 +519,7 @@ class Bright:
     """In the place of a Predictor: the mask is what is bright and connected with the prompt, in every slice."""
 
     knows_score = knows_three = False
-    takes_masks = True
+    takes_masks = carries_masks = True
 
     def __init__(self, *_):
         self.asked = []

@@ -30,7 +30,7 @@ def ours():
     """SAM as it is, on the demo base; 256 px. Used as a base that learned all of SAM's answers, which this one did not."""
     predictor = Predictor.load(base=samlora.model.bases.find_base("vit_ti"))
     assert not predictor.takes_masks and not predictor.knows_three
-    predictor.takes_masks = predictor.knows_three = True
+    predictor.takes_masks = predictor.carries_masks = predictor.knows_three = True
     return predictor
 
 
@@ -303,7 +303,8 @@ class Drawn:
     """
 
     def __init__(self, truth: np.ndarray, scores: list[float] | None = None, masks_help: bool = True):
-        self.truth, self.masks_help, self.knows_score, self.takes_masks, self.asked = truth, masks_help, True, True, []
+        self.truth, self.masks_help, self.asked = truth, masks_help, []
+        self.knows_score = self.carries_masks = True
         self.scores = scores or [0.9] * len(truth)
         self.shades = np.full(len(truth), 0.5)
 

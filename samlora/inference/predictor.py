@@ -103,6 +103,7 @@ class Predictor:
         known = known_base(model.spec.base)
         learned = ALL_PROMPTS if known is None else known.prompts
         self.takes_masks = "masks" in learned
+        self.carries_masks = "carried masks" in learned
         three = untouched or any(name.startswith(f"{decoder}output_hypernetworks_mlps.1") for name in trained)
         self.knows_three = three and "three" in learned
         self._cache: OrderedDict[int, Tensor] = OrderedDict()
@@ -150,12 +151,35 @@ class Predictor:
         """
         self._case = None
         self._cache.clear()
-        case = self._as_case(image)
+        case = self.to_case(image)
         height, width = case.image.shape[1:3]
         through = None if self.recipe is None else self.recipe.size
         self._frame = Frame(height, width, self.model.image_size, self.model.pixels, through, self.model.logit_side)
         self._case, self.labels = case, np.zeros(case.image.shape[:3], np.uint8)
         return self.select(len(case.image) // 2 if index is None else index)
+
+    def to_case(self, image: np.ndarray | str | os.PathLike | Volume | Case) -> Case:
+        """The slices that `set_image` takes of an image. Raises what it raises."""
+        if isinstance(image, Case):
+            return image
+        if isinstance(image, np.ndarray):
+            _check_picture(image)
+            if self.recipe is None or self.recipe.modality != "image":
+                return Case(image[None])
+            array = np.swapaxes(image, 0, 1)[:, :, None]
+            return self.recipe.to_case(Volume(array, PICTURE_AFFINE.copy(), path="the image", has_spacing=False))
+        if self.recipe is not None:
+            return as_case(image, self.recipe)
+        if not isinstance(image, Volume):
+            if str(image).endswith(".npy.h5"):
+                raise InputError(f"{image}: prepared slices need the recipe that made them; give it as recipe")
+            image = read_volume(Path(image))
+        recipe = usual_recipe(image)
+        case = recipe.to_case(image)
+        if image.array.dtype == np.uint8 and recipe.modality == "image":
+            # Eight bits stay eight bits, so that Pillow scales them as in SAM's own predictor.
+            case.image = np.rint(case.image * 255).astype(np.uint8)
+        return case
 
     def select(self, index: int) -> "Predictor":
         """Goes to slice `index` of the volume, from 0, and encodes it; the clicks of the slice before are forgotten."""
@@ -329,6 +353,10 @@ class Predictor:
         """A mask (H, W) as logits (L, L) that `predict` takes: what it would be if the model were sure of it."""
         return np.where(self._frame.label(np.asarray(mask, bool)), _SURE, -_SURE).astype(np.float32)
 
+    def on_image(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (..., L, L) of an answer on the pixels of the image: (..., H, W) float32, above 0 in its masks."""
+        return self._frame.logits(torch.from_numpy(logits)).numpy()
+
     # --- within ----------------------------------------------------------------------------------------------------
 
     def _ask(self, points: tuple, box: tuple | None, logits: np.ndarray | None) -> np.ndarray:
@@ -365,28 +393,6 @@ class Predictor:
         with torch.autocast(self.device.type, self.precision, enabled=half):
             found = encode_slices(self.model, self.case.image, [index], self._frame, with_neighbours)
         return {n: embedding[None].to(self.precision) for n, embedding in found.items()}
-
-    def _as_case(self, image: np.ndarray | str | os.PathLike | Volume | Case) -> Case:
-        if isinstance(image, Case):
-            return image
-        if isinstance(image, np.ndarray):
-            _check_picture(image)
-            if self.recipe is None or self.recipe.modality != "image":
-                return Case(image[None])
-            array = np.swapaxes(image, 0, 1)[:, :, None]
-            return self.recipe.to_case(Volume(array, PICTURE_AFFINE.copy(), path="the image", has_spacing=False))
-        if self.recipe is not None:
-            return as_case(image, self.recipe)
-        if not isinstance(image, Volume):
-            if str(image).endswith(".npy.h5"):
-                raise InputError(f"{image}: prepared slices need the recipe that made them; give it as recipe")
-            image = read_volume(Path(image))
-        recipe = usual_recipe(image)
-        case = recipe.to_case(image)
-        if image.array.dtype == np.uint8 and recipe.modality == "image":
-            # Eight bits stay eight bits, so that Pillow scales them as in SAM's own predictor.
-            case.image = np.rint(case.image * 255).astype(np.uint8)
-        return case
 
 
 def _check_picture(image: np.ndarray) -> None:

@@ -14,7 +14,7 @@ from samlora.model.variants import VARIANTS
 from samlora.pixels import Pixels
 
 MEGABYTE = 10**6
-ALL_PROMPTS = ("points", "boxes", "masks", "three")
+ALL_PROMPTS = ("points", "boxes", "masks", "carried masks", "three")
 META = "https://dl.fbaipublicfiles.com/segment_anything/"
 
 
@@ -28,8 +28,9 @@ class KnownBase:
     address: of the file itself. page: of the project, for people who fetch the file by hand.
     package: the Python distribution that carries the file, and its place in it. extra: the extra
     of samlora that installs that package. prompts: what its decoder answers well: "points",
-    "boxes", "masks" (an earlier answer given back as mask prompt), "three" (three masks for an
-    ambiguous prompt). note: what a person who works with it should know.
+    "boxes", "masks" (an earlier answer on the slice given back as mask prompt), "carried masks"
+    (the mask of the neighbouring slice as mask prompt), "three" (three masks for an ambiguous
+    prompt). note: what a person who works with it should know.
     """
 
     file: str

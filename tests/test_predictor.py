@@ -317,7 +317,7 @@ class Drawn:
     def as_prompt(self, mask):
         return mask[::4, ::4].astype(np.float32)
 
-    def predict(self, box, mask, index):
+    def predict(self, box, index, mask=None):
         self.asked.append((index, box, mask))
         x0, y0, x1, y1 = np.rint(box).astype(int)
         inside = np.zeros_like(self.truth[index])

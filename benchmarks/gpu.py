@@ -72,7 +72,8 @@ class Sizes:
         cases: drawn patients of the short training.
         shape: shape (x, y, z) of their images, in voxels.
         spacing: distance of the voxels along each axis, in mm.
-        epochs: epochs of the short training.
+        train_side: side of the short training's input, in pixels.
+        epochs: its epochs.
         seconds: after which it ends earlier.
         repeats: calls of each variant that are timed.
     """
@@ -90,6 +91,7 @@ class Sizes:
     cases: int = 6
     shape: tuple[int, int, int] = (128, 128, 40)
     spacing: tuple[float, float, float] = (2.8, 2.8, 5.0)
+    train_side: int = 256
     epochs: int = 24
     seconds: float = 60.0
     repeats: int = 10
@@ -109,6 +111,7 @@ TINY = Sizes(
     cases=2,
     shape=(40, 40, 4),
     spacing=(9.0, 9.0, 50.0),
+    train_side=64,
     epochs=1,
     seconds=5.0,
     repeats=1,
@@ -518,6 +521,7 @@ def short_training(sizes: Sizes, device: torch.device, keep: Keep) -> None:
         "stop_epoch": sizes.epochs,
         "max_seconds": sizes.seconds,
         "seed": 1234,
+        "img_size": sizes.train_side,
         "device": device.type,
         "precision": "bf16",
         "val_cases": [last],

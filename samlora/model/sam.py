@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import MaskDecoder as StockMaskDecoder
-from segment_anything.modeling import PromptEncoder, TwoWayTransformer
-from segment_anything.modeling.common import LayerNorm2d, MLPBlock
+from segment_anything.modeling import PromptEncoder
+from segment_anything.modeling.common import MLPBlock
 from segment_anything.modeling.image_encoder import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from samlora.errors import InputError
+from samlora.model.decoder import MaskDecoder, build_decoder
+from samlora.model.norms import LayerNorm2d
 from samlora.model.tiny_vit import TinyEncoder
 from samlora.model.variants import EMBED, STOCK_MASKS, VARIANTS, WINDOW, Variant, check_size
 from samlora.pixels import Pixels
@@ -252,36 +253,6 @@ class ImageEncoder(nn.Module):
         return self.neck(x.permute(0, 3, 1, 2))
 
 
-class MaskDecoder(StockMaskDecoder):
-    """SAM's mask decoder for prompts of many images at once; returns every mask token's mask."""
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        image_pe: Tensor,
-        sparse: Tensor,
-        dense: Tensor,
-        image_index: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Predicts one mask per mask token for each of P prompts.
-
-        embeddings: (B, 256, h, w). image_pe: (1, 256, h, w). sparse: (P, N, 256). dense: (P, 256, h, w).
-        image_index: (P,) int64, the image of each prompt; None when prompt i belongs to image i.
-        Returns masks (P, M, 4h, 4w) and predicted IoU (P, M).
-        """
-        count = sparse.shape[0]
-        source = embeddings if image_index is None else embeddings[image_index]
-        _, channels, height, width = source.shape
-        tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(count, -1, -1)
-        tokens = torch.cat([tokens, sparse], dim=1)
-        tokens, source = self.transformer(source + dense, image_pe.expand(count, -1, -1, -1), tokens)
-        pixels = self.output_upscaling(source.transpose(1, 2).reshape(count, channels, height, width))
-        mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens].unbind(1)
-        weights = torch.stack([mlp(t) for mlp, t in zip(self.output_hypernetworks_mlps, mask_tokens)], dim=1)
-        masks = (weights @ pixels.flatten(2)).unflatten(2, pixels.shape[2:])
-        return masks, self.iou_prediction_head(tokens[:, 0])
-
-
 class Sam(nn.Module):
     """Segment Anything: `image_encoder`, `prompt_encoder`, `mask_decoder`, with Meta's key names.
 
@@ -412,15 +383,6 @@ class Sam(nn.Module):
             return self.answer(embeddings, prompts, classes=prompts is None or self.prompt_decoder is not None)
         answer = self.answer(embeddings, prompts, classes=prompts is None)
         return answer.classes if prompts is None else answer.masks[:, :1]
-
-
-def build_decoder(num_masks: int) -> MaskDecoder:
-    """A mask decoder with random weights and `num_masks` mask tokens."""
-    return MaskDecoder(
-        num_multimask_outputs=num_masks - 1,
-        transformer=TwoWayTransformer(depth=2, embedding_dim=EMBED, mlp_dim=2048, num_heads=8),
-        transformer_dim=EMBED,
-    )
 
 
 def usual_size(variant: str) -> int:

@@ -536,7 +536,7 @@ def short_training(sizes: Sizes, device: torch.device, keep: Keep) -> None:
         result["seconds_to_draw_and_prepare"] = round(time.perf_counter() - began, 1)
         keep(result)
         values = (
-            read_yaml("demo")
+            read_yaml("demo_vit_ti")
             | {"root_path": str(folder / "data"), "output": str(folder / "run")}
             | changed
         )

@@ -8,7 +8,7 @@ is trained beside them: one model for both ways of answering should not answer w
 way alone. Left out: `msa` and `samus`, which change the blocks of a plain ViT and cannot run on LiteMedSAM's TinyViT;
 `medsam`, which trains the complete encoder, so that nothing of it can be kept.
 
-    python benchmarks/prompts.py --data FOLDER [--sets ultrasound ct] [--systems NAME ...] [--steps 80] [--seeds 0 1 2]
+    python benchmarks/prompts.py --data FOLDER [--sets ultrasound ct] [--systems NAME ...] [--steps 40] [--seeds 0 1 2]
 
 FOLDER holds ultrasound/, ct_abdomen/ and dicom_ct/ (see the project's tests). Seeds after the first are for the systems
 that answer without prompts. Adapters that --folder holds are not trained again. Writes benchmarks/results/prompts.json;
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/prompts"), help="for prepared data, runs and tables")
     parser.add_argument("--sets", nargs="+", choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS))
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of those of SEEDS")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--add", action="store_true", help="to the record in --output, made with the same options")

@@ -54,6 +54,18 @@ class Prompts:
         self.points, self.labels, self.boxes, self.masks, self.image_index = points, labels, boxes, masks, image_index
 
 
+class Activations:
+    """What an image encoder had computed at the entry of one of its steps, for images that were encoded before.
+
+    values: (B, ...), the input of step `step` of `image_encoder.steps`; the embeddings where that is their number.
+
+    No dataclass, for the reason that `Prompts` states.
+    """
+
+    def __init__(self, values: Tensor, step: int):
+        self.values, self.step = values, step
+
+
 class Answer(NamedTuple):
     """All that a forward pass can say; None for what was not asked or the system has not.
 
@@ -212,13 +224,32 @@ class ImageEncoder(nn.Module):
             LayerNorm2d(EMBED),
         )
 
+    @property
+    def steps(self) -> list[nn.Module]:
+        """The modules between the patch embedding and the neck, in the order in which they run."""
+        return list(self.blocks)
+
     def forward(self, images: Tensor) -> Tensor:
+        return self.forward_from(self.forward_to(images, 0), 0)
+
+    def forward_to(self, images: Tensor, step: int) -> Tensor:
+        """The input of step `step`, (B, S/16, S/16, C); the embeddings where that is the number of steps."""
+        if step == len(self.steps):
+            return self(images)
         x = self.patch_embed(images) + self.pos_embed
-        for block in self.blocks:
+        for module in self.steps[:step]:
+            x = module(x)
+        return x
+
+    def forward_from(self, x: Tensor, step: int) -> Tensor:
+        """The embeddings, from what `forward_to` gives for the same step."""
+        if step == len(self.steps):
+            return x
+        for module in self.steps[step:]:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(module, x, use_reentrant=False)
             else:
-                x = block(x)
+                x = module(x)
         return self.neck(x.permute(0, 3, 1, 2))
 
 
@@ -264,9 +295,10 @@ class Sam(nn.Module):
         """Side L of the logits and of mask prompts, in pixels: 4 S/stride, or what the system has instead."""
         return self.prompt_encoder.mask_input_size[0]
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, step: int | None = None) -> Tensor:
         """Image embeddings (B, 256, S/stride, S/stride) of images (B, channels, S, S) in 0..1.
 
+        step: return the input of this step of `image_encoder.steps` instead, as `Activations` holds it.
         Raises InputError for images of another size.
         """
         side, channels = self.image_size, 3 if self.input_stem is None else self.input_stem.in_channels
@@ -281,7 +313,7 @@ class Sam(nn.Module):
         if self.pixels.values == "sam":
             mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
             images = (images * 255 - mean) / std
-        return self.image_encoder(images)
+        return self.image_encoder(images) if step is None else self.image_encoder.forward_to(images, step)
 
     def decode(
         self,
@@ -332,17 +364,21 @@ class Sam(nn.Module):
         self,
         images: Tensor | None,
         prompts: Prompts | None = None,
-        embeddings: Tensor | None = None,
+        embeddings: Tensor | Activations | None = None,
         details: bool = False,
     ) -> Tensor | Answer:
         """Low-resolution logits of a batch.
 
-        images: (B, 3, S, S) in 0..1, or as many channels as the input stem takes; None where their `embeddings` are
-        given. Without prompts every mask token's mask: (B, num_masks, L, L). With prompts one mask per prompt
-        (mask token 0, SAM's single-mask output): (P, 1, L, L). details: an `Answer` instead, with everything a
-        system that answers with and without prompts has. Raises InputError for images of another size.
+        images: (B, 3, S, S) in 0..1, or as many channels as the input stem takes; None where their `embeddings`, or
+        what the encoder had computed on the way to them, are given. Without prompts every mask token's mask:
+        (B, num_masks, L, L). With prompts one mask per prompt (mask token 0, SAM's single-mask output): (P, 1, L, L).
+        details: an `Answer` instead, with everything a system that answers with and without prompts has.
+        Raises InputError for images of another size.
         """
-        embeddings = self.encode(images) if embeddings is None else embeddings
+        if embeddings is None:
+            embeddings = self.encode(images)
+        elif isinstance(embeddings, Activations):
+            embeddings = self.image_encoder.forward_from(embeddings.values, embeddings.step)
         if details:
             return self.answer(embeddings, prompts, classes=prompts is None or self.prompt_decoder is not None)
         answer = self.answer(embeddings, prompts, classes=prompts is None)

@@ -203,14 +203,35 @@ class TinyEncoder(nn.Module):
         """The ten blocks with attention, first to last."""
         return [block for layer in self.layers[1:] for block in layer.blocks]
 
-    def forward(self, images: Tensor) -> Tensor:
-        keep_inputs = self.checkpointing and torch.is_grad_enabled()
-        x = self.patch_embed(images)
+    @property
+    def steps(self) -> list[nn.Module]:
+        """The modules between the patch embedding and the neck, in the order in which they run."""
+        steps: list[nn.Module] = []
         for layer in self.layers:
-            for block in layer.blocks:
-                x = checkpoint(block, x, use_reentrant=False) if keep_inputs else block(x)
+            steps += layer.blocks
             if layer.downsample is not None:
-                x = layer.downsample(x)
+                steps.append(layer.downsample)
+        return steps
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_from(self.forward_to(images, 0), 0)
+
+    def forward_to(self, images: Tensor, step: int) -> Tensor:
+        """The input of step `step`, (B, h, w, C); the embeddings where that is the number of steps."""
+        if step == len(self.steps):
+            return self(images)
+        x = self.patch_embed(images)
+        for module in self.steps[:step]:
+            x = module(x)
+        return x
+
+    def forward_from(self, x: Tensor, step: int) -> Tensor:
+        """The embeddings, from what `forward_to` gives for the same step."""
+        if step == len(self.steps):
+            return x
+        keep_inputs = self.checkpointing and torch.is_grad_enabled()
+        for module in self.steps[step:]:
+            x = checkpoint(module, x, use_reentrant=False) if keep_inputs else module(x)
         return self.neck(x.permute(0, 3, 1, 2))
 
 

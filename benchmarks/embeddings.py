@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from samlora.data.arrays import write_slice
 from samlora.data.dataset import Sample, SliceDataset, find_slices
 from samlora.model.build import build_model
-from samlora.model.variants import EMBED, PATCH, STOCK_MASKS, VARIANTS, WINDOW
+from samlora.model.variants import EMBED, STOCK_MASKS, VARIANTS, WINDOW
 from samlora.training.config import TrainConfig
 from samlora.training.embeddings import EmbeddingCache
 from samlora.training.objectives import make_objective
@@ -42,7 +42,7 @@ class StockMedSam(nn.Module):
 
     def __init__(self, variant: str, size: int):
         super().__init__()
-        row, grid = VARIANTS[variant], size // PATCH
+        row, grid = VARIANTS[variant], size // VARIANTS[variant].stride
         self.image_encoder = ImageEncoderViT(
             img_size=size, embed_dim=row.width, depth=row.depth, num_heads=row.heads, use_rel_pos=True,
             window_size=WINDOW, global_attn_indexes=row.global_blocks, norm_layer=partial(nn.LayerNorm, eps=1e-6),
@@ -76,7 +76,7 @@ def slices(folder: Path, count: int, size: int) -> SliceDataset:
         label = (((rows - centre[0]) / radius[0]) ** 2 + ((cols - centre[1]) / radius[1]) ** 2 < 1).astype(np.uint8)
         image = (0.3 + 0.3 * label + rng.normal(0, 0.1, label.shape)).clip(0, 1).astype(np.float32)
         write_slice(folder / f"case_slice{index:03d}.npz", image, label)
-    return SliceDataset(find_slices(folder), seed=0, augment=False)
+    return SliceDataset(find_slices(folder), seed=0, augment="none")
 
 
 def measure(variant: str, size: int, count: int, batch: int, repeats: int, device: torch.device) -> dict:

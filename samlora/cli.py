@@ -332,7 +332,7 @@ def _app(given: dict) -> None:
 
 
 def _download_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("variant", choices=("vit_b", "vit_l", "vit_h"), help="375 MB, 1.2 GB or 2.6 GB")
+    parser.add_argument("name", nargs="?", help="a base; without it: list all, with size, licence and purpose")
     parser.add_argument(
         "-o",
         "--output",
@@ -343,9 +343,13 @@ def _download_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _download(given: dict) -> None:
+    from samlora.model.bases import listed
     from samlora.model.download import download
 
-    print(f"base weights: {download(given['variant'], Path(given['output']))}")
+    if given["name"] is None:
+        print(listed())
+    else:
+        print(f"base weights: {download(given['name'], Path(given['output']))}")
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
@@ -357,16 +361,22 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
         help="folder for everything the demo makes (default: demo_output)",
     )
     parser.add_argument("--seed", type=int, default=1234, help="seed of the phantoms and of training (default: 1234)")
+    parser.add_argument(
+        "--scan", metavar="PATH", help="a CT or MR of your own (file or DICOM folder): opens it in the browser instead"
+    )
 
 
 def _demo(given: dict) -> None:
-    from samlora.demo import demo
+    from samlora.demo import demo, show
 
-    demo(Path(given["output"]), given["seed"])
+    if given["scan"] is None:
+        demo(Path(given["output"]), given["seed"])
+    else:
+        show(Path(given["scan"]))
 
 
 COMMANDS = {
-    "demo": ("draw synthetic patients, train on them, test and show the result", _demo_flags, _demo),
+    "demo": ("segment synthetic patients by boxes and by a trained adapter; or open your own scan", _demo_flags, _demo),
     "plan": ("look at a folder of images and labels, and write a recipe to edit", _plan_flags, _plan),
     "prepare": ("turn volumes and labels into training slices and test volumes", _prepare_flags, _prepare),
     "check": ("look for what would fail or spoil a result, before training", _check_flags, _check),
@@ -381,5 +391,5 @@ COMMANDS = {
         _evaluate_prompts,
     ),
     "compare": ("train several systems on the same splits and put them in one table", _compare_flags, _compare),
-    "download": ("fetch SAM's base weights from Meta", _download_flags, _download),
+    "download": ("list the known base weights, or fetch one of them", _download_flags, _download),
 }

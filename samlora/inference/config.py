@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from samlora.errors import InputError
+from samlora.model.variants import VARIANTS
 from samlora.options import option
 
 
@@ -50,7 +51,7 @@ class TestConfig(ForwardOptions):
         "side to which slices are shrunk first, as SAMed does with 224; 0 for never (default: as "
         "the training slices were made; 224 where that is not known)",
     )
-    vit_name: str | None = option(None, "SAM variant of the adapter: vit_ti, vit_b, vit_l or vit_h")
+    vit_name: str | None = option(None, f"SAM variant of the adapter: one of {', '.join(VARIANTS)}")
     rank: int | None = option(None, "LoRA rank of the adapter")
     system: str | None = option(None, "system of the adapter: samed, samed_s or samed_h")
     module: str | None = option(None, "SAMed's name for the system")

@@ -30,7 +30,7 @@ from samlora.inference.ensemble import Averaged
 from samlora.inference.postprocess import Postprocess
 from samlora.inference.slices import check_automatic, predict_slices
 from samlora.journal import Journal
-from samlora.model.bases import DEMO_FILE, advice, default_base
+from samlora.model.bases import BASES, default_base
 from samlora.model.build import load_model
 from samlora.model.checkpoint import Spec
 from samlora.model.lora import merge
@@ -235,9 +235,8 @@ def _by_boxes(
         adapter = config.adapter[0]
     elif config.ckpt is None:
         base = default_base()
-        if base.name == DEMO_FILE:
-            missing = "LiteMedSAM is not installed, so the small demo base is used"
-            notes.append(f"{missing}, which knows synthetic shapes only; {advice('lite_medsam')}")
+        if base.name == BASES["vit_ti"].file:
+            notes.append(BASES["vit_ti"].note)
     recipe = None if config.recipe is None else Recipe.load(config.recipe)
     predictor = Predictor.load(adapter, base, recipe, device, precision)
     if not predictor.row.promptable:

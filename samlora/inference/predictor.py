@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from samlora.inference.predict import as_case, fitting_recipe
 from samlora.inference.prompted import encode_slices
 from samlora.inference.propagate import Carried, StopRule, propagate
 from samlora.model import checkpoint
-from samlora.model.bases import BASES, DEMO_FILE, find_base
+from samlora.model.bases import ALL_PROMPTS, BASES, base_name, default_base, known_base
 from samlora.model.build import build_model, load_model
 from samlora.model.lora import merge
 from samlora.model.methods import system_row, trained_names
@@ -98,11 +99,13 @@ class Predictor:
         untouched = not any(name.startswith(decoder) for name in trained)
         # A decoder that was trained without its IoU head, or the heads of the three masks, left these behind.
         self.knows_score = untouched or any(name.startswith(f"{decoder}iou_prediction_head") for name in trained)
-        # These bases have learned single masks from points or boxes only: a mask prompt spoils their answers
-        # (benchmarks/results/zero_shot.json), and their three masks mean nothing.
-        self.takes_masks = model.spec.base not in (DEMO_FILE, BASES["lite_medsam"].file)
+        # Of a base that has not learned them a mask prompt spoils the answer, and its three masks mean nothing.
+        known = known_base(model.spec.base)
+        learned = ALL_PROMPTS if known is None else known.prompts
+        self.takes_masks = "masks" in learned
+        self.carries_masks = "carried masks" in learned
         three = untouched or any(name.startswith(f"{decoder}output_hypernetworks_mlps.1") for name in trained)
-        self.knows_three = three and self.takes_masks
+        self.knows_three = three and "three" in learned
         self._cache: OrderedDict[int, Tensor] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._case: Case | None = None
@@ -121,13 +124,17 @@ class Predictor:
     ) -> "Predictor":
         """A predictor for an adapter file, its LoRA merged, or without one for SAM as it is.
 
-        base: the base's file; "default" for its usual place. image_size: None for the adapter's own; without an adapter
-        the one that SAM was trained at, 1024 (vit_ti: 256). Raises what `load_model` and `build_model` raise.
+        base: the base's file; "default" for the usual place of the adapter's, and without an adapter for LiteMedSAM,
+        or the demo base where LiteMedSAM is not installed, with a warning. image_size: None for the adapter's own;
+        without an adapter the one that the base was trained at, 1024 px for SAM's and 256 px for LiteMedSAM. Raises
+        what `load_model` and `build_model` raise.
         """
         if adapter is not None:
             return cls(merge(load_model(adapter, base, image_size)), recipe, device, precision)
         if base is None or base == "default":
-            base = find_base(system_row("sam").variant)
+            base = default_base()
+            if base_name(base) == "vit_ti":
+                warnings.warn(BASES["vit_ti"].note, stacklevel=2)
         opened = checkpoint.open_base(base)
         size = image_size or VARIANTS[opened.variant].image_size
         return cls(build_model("sam", opened, image_size=size), recipe, device, precision)

@@ -17,7 +17,7 @@ class Answers(Sized, Protocol):
     """What is needed of a `samlora.Predictor`, which offers `propagate` as a method."""
 
     knows_score: bool
-    takes_masks: bool
+    carries_masks: bool
 
     def predict(self, points=None, labels=None, box=None, mask=None, multimask=False, index: int | None = None): ...
 
@@ -106,7 +106,7 @@ def carry(
     stop = StopRule() if stop is None else stop
     box, sure = _widened(mask, widen), predictor.as_prompt(mask)
     first, guide = predictor.predict(box=box, index=index), False
-    if predictor.takes_masks:
+    if predictor.carries_masks:
         guided = predictor.predict(box=box, mask=sure, index=index)
         guide = _common(guided.masks[0], mask) > _common(first.masks[0], mask)
         first = guided if guide else first

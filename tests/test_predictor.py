@@ -372,7 +372,7 @@ def test_another_shade_ends_it():
     truth[:, 10:30, 12:33] = True
     model = Drawn(truth)
     model.shades = np.array([0.5, 0.5, 0.53, 0.51, 0.5, 0.49, 0.485, 0.47, 0.5])  # the least spread counts: 0.02
-    assert [c.index for c in propagate(model, 4, truth[4])] == [5, 6, 3]
+    assert [c.index for c in propagate(model, 4, truth[4], stop=StopRule(shift=1))] == [5, 6, 3]
 
 
 @pytest.mark.parametrize("helps", [True, False])
@@ -398,8 +398,8 @@ def test_stop_rule():
     small, large, elsewhere = (np.zeros((30, 30), bool) for _ in range(3))
     small[5:15, 5:15], large[5:25, 5:25], elsewhere[12:22, 5:15] = True, True, True
     rule = StopRule()
-    assert not rule.ends(small, small, 1, 0) and not rule.ends(small, small, 0.81, 0.99)
-    assert rule.ends(small, small, 0.79, 0) and rule.ends(small, small, 1, 1.01)
+    assert not rule.ends(small, small, 1, 0) and not rule.ends(small, small, 0.81, 1.99)
+    assert rule.ends(small, small, 0.79, 0) and rule.ends(small, small, 1, 2.01)
     assert rule.ends(small, large, 1, 0) and rule.ends(large, small, 1, 0)
     assert rule.ends(small, elsewhere, 1, 0) and rule.ends(small, np.zeros_like(small), 1, 0)
 

@@ -49,12 +49,13 @@ class StopRule:
     most ratio of the larger area to the smaller, of one slice and the next. overlap: least share of the smaller of the
     two that both have in common. shift: most difference of the mean gray value from that of the first slice's object,
     in its standard deviations. least_pixels: smaller masks are the object's end.
+    Chosen with LiteMedSAM on eleven structures of two CTs and a tumour in MR.
     """
 
     score: float = 0.8
-    growth: float = 1.5
+    growth: float = 2.0
     overlap: float = 0.7
-    shift: float = 1.0
+    shift: float = 2.0
     least_pixels: int = 9
 
     def ends(self, before: np.ndarray, after: np.ndarray, score: float, shift: float) -> bool:

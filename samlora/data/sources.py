@@ -88,12 +88,15 @@ def read_label(pair: Pair, image: Volume, recipe: Recipe) -> tuple[Volume, list[
 
 
 def on_grid(label: Volume, image: Volume) -> Volume:
-    """`label` on the grid of `image`; of pictures, and DICOM with masks as pictures, the sizes decide."""
+    """`label` on the grid of `image`; of pictures, and DICOM with masks as pictures, the sizes decide.
+
+    A label that covers a part of the image's grid is empty in the rest.
+    """
     size, wanted = label.array.shape, image.array.shape[:3]
     path = Path(image.path)
     indexed_alike = not image.has_spacing or path.is_dir() or path.suffix.lower() == ".dcm"
     if label.has_spacing or not indexed_alike:
-        return match_grid(label, image)
+        return match_grid(label, image, part=True)
     if size != wanted:
         one, other = (" x ".join(map(str, shape[: 2 if shape[2] == 1 else 3])) for shape in (size, wanted))
         raise InputError(

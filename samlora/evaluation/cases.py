@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from samlora.data.folders import Masks, folder_or_file
-from samlora.data.grid import Case, Volume, count_values, match_grid, reorient, slice_order, transposed
+from samlora.data.grid import Case, Volume, common_grid, count_values, match_grid, reorient, slice_order, transposed
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_volume
 from samlora.errors import InputError
@@ -61,7 +61,8 @@ class Job:
             value = self.values.get(name)
             if value is None:  # no class of the recipe
                 continue
-            inside = _on_one_grid(mask, painted)[0].array != 0
+            mask, painted = _on_one_grid(mask, painted)
+            inside = mask.array != 0
             if not np.isin(painted.array[inside], (0, value)).all():
                 raise InputError(f"{path}: overlaps another mask of its case; measure overlapping structures apart")
             painted.array[inside] = value
@@ -121,9 +122,12 @@ def draw(job: Job, labels: tuple[int, ...]) -> tuple[Frames, str]:
 
 
 def _on_one_grid(volume: Volume, to: Volume) -> tuple[Volume, Volume]:
-    """Both, with `volume` turned as `to` is; voxel by voxel where one of them says nothing about where it lies."""
+    """Both on one grid; voxel by voxel where one of them says nothing about where it lies.
+
+    Where one covers more slices than the other (DICOM SEG without its empty frames), the rest of the other is empty.
+    """
     if volume.has_spacing == to.has_spacing:
-        return match_grid(volume, to=to), to
+        return common_grid(volume, to)
     if volume.array.shape[:3] != to.array.shape[:3]:
         sizes = [" x ".join(map(str, v.array.shape[:3])) for v in (volume, to)]
         raise InputError(f"{volume.path}: has {sizes[0]} voxels, {to.path} has {sizes[1]}; they must be on one grid")
@@ -145,7 +149,8 @@ def _stack(volume: Volume, axis: int) -> np.ndarray:
 
 def _background(image: Volume, reference: Volume) -> Volume:
     """The image on the reference's grid, 0..1; colours stay, of other channels the first is shown."""
-    array = _on_one_grid(image, reference)[0].array
+    alike = image.has_spacing == reference.has_spacing
+    array = match_grid(image, to=reference).array if alike else _on_one_grid(image, reference)[0].array
     if array.ndim == 4 and array.shape[3] == 3 and array.dtype == np.uint8:
         return dataclasses.replace(reference, array=array.astype(np.float32) / 255)
     array = (array[..., 0] if array.ndim == 4 else array).astype(np.float32)

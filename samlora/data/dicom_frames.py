@@ -1,0 +1,168 @@
+"""What the frames of one DICOM file say of themselves: place, directions, spacing and scale of each.
+
+Enhanced files keep these in sequences, which SimpleITK does not show; pydicom reads them. Files of older classes
+with several frames state one place and a distance for all frames, see `offsets`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+_SLICE_VECTOR = "0054,0080"  # nuclear medicine: the number of the slice that each frame shows
+_OTHER_VECTORS = ("0018|1063", "0018|1065")  # FrameTime, FrameTimeVector: the frames follow each other in time
+# Functional groups: (sequence, element) of what is looked for, in the order of preference. A volume of ultrasound
+# lies in a frame of its own (PlanePositionVolumeSequence).
+_PLACES = (
+    ("PlanePositionSequence", "ImagePositionPatient"),
+    ("PlanePositionVolumeSequence", "ImagePositionVolume"),
+)
+_DIRECTIONS = (
+    ("PlaneOrientationSequence", "ImageOrientationPatient"),
+    ("PlaneOrientationVolumeSequence", "ImageOrientationVolume"),
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Frame:
+    """One frame as its file describes it; None for what the file does not say.
+
+    Attributes:
+        position: place of the centre of its first voxel (3), LPS mm.
+        orientation: directions (6) in which the columns and the rows are counted, LPS.
+        spacing: mm along columns, rows.
+        thickness: SliceThickness, mm.
+        between: SpacingBetweenSlices, mm.
+        rescale: slope and intercept that give the unit of the values.
+        segment: the number of the segment that it shows (segmentations).
+        sources: UIDs of instances and numbers of frames that it was made from (segmentations).
+    """
+
+    position: np.ndarray | None
+    orientation: np.ndarray | None
+    spacing: tuple[float, float] | None
+    thickness: float | None
+    between: float | None
+    rescale: tuple[float, float] | None
+    segment: int | None = None
+    sources: tuple[tuple[str, int], ...] = ()
+
+
+def frames_of(data) -> list[Frame] | None:
+    """The frames that the functional groups of a file describe; None for a file without functional groups.
+
+    Args:
+        data: the file as `pydicom.dcmread` returns it.
+
+    Raises:
+        ValueError: there are not as many groups as frames, or a value is no number.
+    """
+    per_frame = data.get("PerFrameFunctionalGroupsSequence") or []
+    shared = data.get("SharedFunctionalGroupsSequence") or []
+    if not per_frame and not shared:
+        return None
+    count = int(data.get("NumberOfFrames") or 1)
+    if per_frame and len(per_frame) != count:
+        raise ValueError(f"{len(per_frame)} functional groups for {count} frames")
+    common = shared[0] if shared else {}
+    return [_frame(per_frame[n] if per_frame else {}, common) for n in range(count)]
+
+
+def _frame(own, common) -> Frame:
+    position = _first(own, common, _PLACES, 3)
+    orientation = _first(own, common, _DIRECTIONS, 6)
+    measures = "PixelMeasuresSequence"
+    spacing = _first(own, common, ((measures, "PixelSpacing"),), 2)
+    thickness = _first(own, common, ((measures, "SliceThickness"),), 1)
+    between = _first(own, common, ((measures, "SpacingBetweenSlices"),), 1)
+    values = "PixelValueTransformationSequence"
+    slope = _first(own, common, ((values, "RescaleSlope"),), 1)
+    intercept = _first(own, common, ((values, "RescaleIntercept"),), 1)
+    rescale = None
+    if slope is not None and intercept is not None:
+        rescale = float(slope[0]), float(intercept[0])
+    segment = _first(own, common, (("SegmentIdentificationSequence", "ReferencedSegmentNumber"),), 1)
+    return Frame(
+        position,
+        orientation,
+        None if spacing is None else (float(spacing[1]), float(spacing[0])),
+        None if thickness is None or thickness[0] <= 0 else float(thickness[0]),
+        None if between is None or between[0] == 0 else abs(float(between[0])),
+        rescale,
+        None if segment is None else int(segment[0]),
+        _sources(own),
+    )
+
+
+def _first(own, common, elements: Sequence[tuple[str, str]], count: int) -> np.ndarray | None:
+    """The first of these elements that the frame's own groups or the shared ones hold, as `count` numbers."""
+    for sequence, element in elements:
+        for groups in (own, common):
+            items = groups.get(sequence) or []
+            value = items[0].get(element) if items else None
+            if value is None or value == "":
+                continue
+            numbers = np.atleast_1d(np.array(value, np.float64))
+            if len(numbers) < count or not np.isfinite(numbers).all():
+                raise ValueError(f"{element} {value}: {count} numbers are needed")
+            return numbers[:count]
+    return None
+
+
+def _sources(own) -> tuple[tuple[str, int], ...]:
+    found = []
+    for derivation in own.get("DerivationImageSequence") or []:
+        for source in derivation.get("SourceImageSequence") or []:
+            numbers = source.get("ReferencedFrameNumber") or 1
+            first = numbers if isinstance(numbers, int) else numbers[0]
+            found.append((str(source.get("ReferencedSOPInstanceUID") or ""), int(first)))
+    return tuple(found)
+
+
+def offsets(tags: Mapping[str, str], count: int) -> np.ndarray | None:
+    """Where the frames of a file without functional groups lie along the normal of the first, mm from it.
+
+    GridFrameOffsetVector (dose) says it for each frame; SpacingBetweenSlices for frames that are slices. None where
+    the file says neither, or says that its frames follow each other in time.
+
+    Args:
+        tags: texts of the file's elements by "gggg|eeee".
+        count: number of frames.
+
+    Raises:
+        ValueError: one of them is no list of numbers.
+    """
+    vector = _numbers(tags["3004|000c"])
+    if len(vector) == count:
+        return vector - vector[0]
+    step = _numbers(tags["0018|0088"])
+    if not step.size or not step[0] or any(tags[key] for key in _OTHER_VECTORS):
+        return None
+    slices = np.arange(count)
+    pointers = tags["0028|0009"].lower()
+    if _SLICE_VECTOR in pointers:
+        numbers = _numbers(tags["0054|0080"])
+        if len(numbers) != count:
+            return None
+        slices = numbers - numbers[0]
+    elif "(0054," in pointers or "(0018,106" in pointers:
+        return None
+    return slices * step[0]
+
+
+def _numbers(text: str) -> np.ndarray:
+    if not text:
+        return np.zeros(0)
+    numbers = np.array(text.split("\\"), np.float64)
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{text}: numbers are needed")
+    return numbers
+
+
+def read_frames(path: Path) -> list[Frame] | None:
+    """`frames_of` the file at `path`. Raises ImportError without pydicom, and what pydicom raises."""
+    import pydicom
+
+    data = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+    return frames_of(data)

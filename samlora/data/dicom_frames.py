@@ -56,14 +56,14 @@ def frames_of(data) -> list[Frame] | None:
         data: the file as `pydicom.dcmread` returns it.
 
     Raises:
-        ValueError: there are not as many groups as frames, or a value is no number.
+        ValueError: there are less groups than frames, or a value is no number.
     """
     per_frame = data.get("PerFrameFunctionalGroupsSequence") or []
     shared = data.get("SharedFunctionalGroupsSequence") or []
     if not per_frame and not shared:
         return None
     count = int(data.get("NumberOfFrames") or 1)
-    if per_frame and len(per_frame) != count:
+    if per_frame and len(per_frame) < count:
         raise ValueError(f"{len(per_frame)} functional groups for {count} frames")
     common = shared[0] if shared else {}
     return [_frame(per_frame[n] if per_frame else {}, common) for n in range(count)]

@@ -48,7 +48,6 @@ _TAGS = {
 # How frames of files of the older classes follow each other, see `dicom_frames.offsets`.
 _FRAME_TAGS = ("3004|000c", "0018|0088", "0018|1063", "0018|1065", "0028|0009", "0054|0080")
 _PIXEL_TAGS = {
-    "syntax": "0002|0010",
     "bits": "0028|0100",
     "samples": "0028|0002",
     "colours": "0028|0004",
@@ -195,7 +194,7 @@ def read_header(path: Path) -> Header | None:
         orientation=orientation,
         offsets=along,
         affine=affine,
-        pixels={name: texts[tag] for name, tag in _PIXEL_TAGS.items()},
+        pixels={name: texts[tag] for name, tag in _PIXEL_TAGS.items()} | {"syntax": _meta(path, 0x10) or ""},
         concatenation=tags["concatenation"],
         part=int(tags["part"]) if tags["part"].isdigit() else 0,
     )
@@ -247,11 +246,16 @@ def _positive(text: str) -> float | None:
 
 def storage(path: Path) -> str | None:
     """The class of DICOM object, a UID ("" if the file does not say); None if the file does not call itself DICOM."""
+    return _meta(path, 0x02)
+
+
+def _meta(path: Path, element: int) -> str | None:
+    """A UID of the file's meta information, group 0002, which is written alike in every transfer syntax."""
     with reading(path, "DICOM"), open(path, "rb") as file:
         head = file.read(1024)
     if head[128:132] != b"DICM":
         return None
-    at = head.find(b"\x02\x00\x02\x00UI", 132)  # the element Media Storage SOP Class UID, in any transfer syntax
+    at = head.find(bytes((2, 0, element, 0)) + b"UI", 132)
     if at < 0:
         return ""
     end = at + 8 + int.from_bytes(head[at + 6 : at + 8], "little")

@@ -1,5 +1,6 @@
 """The values of DICOM slices: decoded by GDCM, checked by pydicom where GDCM is known to err or both are exact."""
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +75,11 @@ def _by_gdcm(header: Header) -> np.ndarray:
     try:
         return SimpleITK.GetArrayFromImage(open_reader(header.path).Execute())
     except RuntimeError:
-        raise InputError(f"{header.path}: {BROKEN}; {ADVICE}") from None
+        pass
+    if header.pixels["syntax"] in _EXACT and has_pydicom():
+        with contextlib.suppress(Exception):  # of the many that pydicom raises; GDCM has failed already
+            return _decoded(header, None)
+    raise InputError(f"{header.path}: {BROKEN}; {ADVICE}")
 
 
 def _by_pydicom(header: Header, kind: str) -> np.ndarray:
@@ -109,7 +114,7 @@ def _decoded(header: Header, frame: int | None) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about values that break the standard
         data = pydicom.dcmread(header.path, stop_before_pixels=True, force=True)
-        array = pixel_array(header.path, index=frame)
+        array = pixel_array(header.path, index=frame, correct_unused_bits=False)
     colours = int(data.get("SamplesPerPixel") or 1)
     count = header.size[2] if frame is None else 1
     array = array.reshape(count, header.size[1], header.size[0], *([] if colours == 1 else [colours]))
@@ -121,7 +126,7 @@ def _decoded(header: Header, frame: int | None) -> np.ndarray:
     frames = frames_of(data) or []
     if frame is not None:
         frames = frames[frame : frame + 1]
-    slope = float(data.get("RescaleSlope") or data.get("DoseGridScaling") or 1)
+    slope = float(data.get("RescaleSlope") or 1)
     scale = slope, float(data.get("RescaleIntercept") or 0)
     scales = [one.rescale or scale for one in frames] or [scale] * count
     if set(scales) == {(1.0, 0.0)}:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from samlora.data.dicom_header import is_dicom
+from samlora.data.dicom_header import holds_image, is_dicom
 from samlora.data.volume import VOLUMES, stem
 from samlora.errors import InputError
 
@@ -99,12 +99,24 @@ def visible(folder: Path) -> list[Path]:
 
 
 def is_dicom_folder(folder: Path) -> bool:
-    """Whether `folder` holds DICOM files itself, and no other images."""
-    files = [path for path in visible(folder) if path.is_file()]
+    """Whether `folder` holds DICOM images or segmentations itself, and no other images.
+
+    DICOM files of other kinds (DICOMDIR, reports, plans, presentation states, raw data) make no folder of images, as
+    long as there are folders in it that may hold some.
+    """
+    inside = visible(folder)
+    files = [path for path in inside if path.is_file()]
     named = [path for path in files if path.name.lower().endswith(VOLUMES)]
-    if named:
-        return all(path.name.lower().endswith(".dcm") for path in named)
-    return any(is_dicom(path) for path in files[:20])  # a note or a DICOMDIR may come first
+    if not all(path.name.lower().endswith(".dcm") for path in named):
+        return False
+    if any(path.is_dir() for path in inside):
+        return any(holds_image(path) or _broken(path) for path in files)
+    return bool(named) or any(is_dicom(path) for path in files)
+
+
+def _broken(path: Path) -> bool:
+    """Whether a file is called DICOM, but does not say so itself: its reader says what is wrong with it."""
+    return path.name.lower().endswith(".dcm") and not is_dicom(path)
 
 
 def entries(folder: Path) -> dict[str, Path]:

@@ -202,11 +202,10 @@ def find_images(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
 
 
 def _images_in(folder: Path, depth: int) -> list[Path]:
-    if is_dicom_folder(folder):
-        series = list_series(folder)
-        alone = len(series) > 1 and all(len(one.files) == 1 for one in series)
-        return sorted(one.files[0] for one in series) if alone else [folder]
     inside = {path.name.lower(): path for path in visible(folder) if path.is_dir()}
+    if is_dicom_folder(folder):
+        below = [path for name, path in inside.items() if depth and name not in LABEL_FOLDERS]
+        return [*_dicom_in(folder), *(path for one in below for path in _images_in(one, depth - 1))]
     data_set = next((inside[name] for name in ("imagests", *IMAGE_FOLDERS) if name in inside), None)
     files = entries(folder)
     if data_set is not None and not files:
@@ -218,6 +217,16 @@ def _images_in(folder: Path, depth: int) -> list[Path]:
     deeper = [path for name, path in inside.items() if depth and name not in LABEL_FOLDERS and path.name not in files]
     slices = [path for one in found.values() for path in (_images_in(one, 0) if one.is_dir() else [one])]
     return [*slices, *(path for folder in deeper for path in _images_in(folder, depth - 1))]
+
+
+def _dicom_in(folder: Path) -> list[Path]:
+    """The images that the DICOM files in a folder are: the folder, or one for each file."""
+    try:
+        series = list_series(folder)
+    except InputError:  # said of this image when it is read, so that the others are not kept back
+        return [folder]
+    alone = len(series) > 1 and all(len(one.files) == 1 for one in series)
+    return sorted(one.files[0] for one in series) if alone else [folder]
 
 
 def _name(path: Path) -> str:

@@ -108,7 +108,7 @@ def open_base(path: str | os.PathLike, variant: str | None = None, device: torch
         hint = advice(name) if name else "fetch SAM's with: samlora download vit_b"
         raise MissingFileError(f"no base weights at {path}; {hint}")
     sha256 = verify(path)
-    state, _ = read_tensors(path)
+    state, _ = read_tensors(path, wrapped=True)
     found = recognise_variant(state, path)
     if variant is not None and variant != found:
         raise InputError(

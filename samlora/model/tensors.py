@@ -11,10 +11,15 @@ from torch import Tensor
 from samlora.errors import InputError, MissingFileError
 from samlora.files import whole
 
+# Where training programs keep the weights in a checkpoint, and what they put before every name.
+WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict")
+PREFIXES = ("module.", "sam.")
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+
+def read_tensors(path: str | os.PathLike, wrapped: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a `.safetensors` file, or of a `.pth`/`.pt` file read with weights_only.
 
+    wrapped: also take a checkpoint that keeps its tensors under a key of WRAPPERS, under names with PREFIXES.
     Raises MissingFileError when there is no such file, InputError when it cannot be read as plain tensors.
     """
     path = Path(path)
@@ -33,9 +38,25 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         if type(error).__name__ != "SafetensorError":
             raise
         raise InputError(f"{path}: is not a safetensors file ({_first_line(error)}); fetch or save it again") from None
+    if wrapped:
+        tensors = _unwrapped(tensors)
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"{path}: holds something else than named tensors; give a file of weights")
     return tensors, {}
+
+
+def _unwrapped(content: object) -> object:
+    """What a checkpoint holds under a key of WRAPPERS, else the content itself; names without PREFIXES."""
+    if not isinstance(content, dict):
+        return content
+    for key in WRAPPERS:
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    for prefix in PREFIXES:
+        if content and all(str(name).startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    return content
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -17,7 +17,7 @@ from samlora.data.dicom_header import Header
 from samlora.data.dicom_planes import Plane, Stack, difference, stack
 from samlora.data.grid import Volume, integers, match_grid
 from samlora.data.opening import reading, writing
-from samlora.errors import InputError
+from samlora.errors import InputError, NoSegmentationError
 
 KINDS = ("BINARY", "FRACTIONAL", "LABELMAP")
 WAYS = ("AUTOMATIC", "SEMIAUTOMATIC", "MANUAL")
@@ -53,8 +53,8 @@ def write_dicom_seg(
     of the same series refer to the same UIDs.
     The file is read back before it takes its place: by highdicom, and by `read_dicom_seg`, which must find the labels
     that were given.
-    Raises InputError: highdicom is missing, labels on another grid or above n, a source that no segmentation can refer
-    to, as the frames of a film.
+    Raises InputError: highdicom is missing, labels on another grid or above n; NoSegmentationError: a source that no
+    segmentation can refer to, as the frames of a film.
     """
     highdicom = _highdicom(path)
     version = (version or importlib.metadata.version("samlora"))[:64]
@@ -99,8 +99,10 @@ def write_dicom_seg(
             omit_empty_frames=False,
         )
         segmentation.SpecificCharacterSet = _UTF8
-        for _ in segmentation.iterall():  # what was copied unread would be written as it is, in the source's letters
-            pass
+        # What was copied unread would be written as it is, in the source's letters; so all of it is looked at.
+        for element in segmentation.iterall():
+            if element.keyword == "ReferencedSOPClassUID" and not slices.framed:
+                element.value = headers[0].kind or element.value
     with writing(path) as temporary:
         segmentation.save_as(temporary)
         with _describing(source), warnings.catch_warnings():
@@ -129,7 +131,7 @@ def read_dicom_seg(path: Path) -> Volume:
             warnings.simplefilter("ignore")
             data = pydicom.dcmread(path)
             frames = frames_of(data) or []
-            names = segment_names(data)
+            names = _segment_names(data)
             size = int(data.Rows), int(data.Columns)
     except InputError:
         raise InputError(f"{path}: {_BROKEN}") from None
@@ -147,17 +149,9 @@ def read_dicom_seg(path: Path) -> Volume:
     )
 
 
-def segment_names(source: str | os.PathLike | Mapping) -> dict[int, str]:
-    """The names of the segments of a DICOM segmentation, by their numbers. Raises InputError if it is broken.
-
-    source: the file, or what `pydicom.dcmread` made of it.
-    """
-    if isinstance(source, str | os.PathLike):
-        import pydicom
-
-        with reading(Path(source), "DICOM segmentation"):
-            source = pydicom.dcmread(source, stop_before_pixels=True)
-    items = source.get("SegmentSequence") or []
+def _segment_names(data: Mapping) -> dict[int, str]:
+    """The names of the segments by their numbers, of what `pydicom.dcmread` made of a segmentation."""
+    items = data.get("SegmentSequence") or []
     return {int(item.SegmentNumber): str(item.get("SegmentLabel") or "") for item in items if item.SegmentNumber}
 
 
@@ -268,7 +262,7 @@ def _check_source(slices: Stack, source: Path) -> None:
     elif slices.framed and not slices.planes[0].header.enhanced:
         why = "it does not describe its frames"
     if why:
-        raise InputError(f"{source}: no DICOM segmentation can refer to it: {why}; choose --format nii.gz")
+        raise NoSegmentationError(f"{source}: no DICOM segmentation can refer to it: {why}; choose --format nii.gz")
 
 
 @contextlib.contextmanager
@@ -277,8 +271,8 @@ def _describing(source: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        advice = "choose --format nii.gz"
-        raise InputError(f"{source}: its headers lack what a DICOM segmentation refers to; {advice}") from error
+        why = "its headers lack what a DICOM segmentation refers to"
+        raise NoSegmentationError(f"{source}: {why}; choose --format nii.gz") from error
 
 
 def _highdicom(path: str | os.PathLike):
@@ -323,6 +317,7 @@ def _images(slices: Stack) -> list:
             image.PixelSpacing = image.get("PixelSpacing") or [rows, columns]
         elif not slices.placed:  # a spacing without a place and a thickness makes the segmentation invalid
             image.pop("PixelSpacing", None)
+            _as_single(image, "SecondaryCaptureImageStorage")
         if not image.get("SOPClassUID"):
             named = _CLASSES.get(header.modality, "SecondaryCaptureImageStorage")
             image.SOPClassUID = header.kind or getattr(uid, named)
@@ -345,6 +340,14 @@ def _flatten(image, header: Header) -> None:
     image.ImageOrientationPatient = [DS(float(v), auto_format=True) for v in header.orientation]
     if header.spacing is not None:
         image.PixelSpacing = [DS(v, auto_format=True) for v in header.spacing[::-1]]
+    _as_single(image, _CLASSES.get(header.modality, "MRImageStorage"))
+
+
+def _as_single(image, name: str) -> None:
+    """Gives an image a class of one frame, for highdicom, which goes by the class; references are put right later."""
+    from pydicom import uid
+
+    image.SOPClassUID = getattr(uid, name)
     for key in ("NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         image.pop(key, None)
 

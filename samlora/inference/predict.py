@@ -21,7 +21,7 @@ from samlora.data.sources import find_images, read_image
 from samlora.data.volume import read_case, read_volume, write_dicom_seg, write_volume
 from samlora.device import DTYPES, device_name
 from samlora.engine import launch
-from samlora.errors import InputError
+from samlora.errors import InputError, NoSegmentationError
 from samlora.evaluation.animation import animation
 from samlora.evaluation.report import contact_sheet
 from samlora.files import identity, whole
@@ -279,22 +279,43 @@ class _Job:
         return {"source": [identity(path) for path in self.pair.images], **self.made_by}
 
     def done(self) -> bool:
-        """Whether the result is there, whole, and made from the same input in the same way."""
-        try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
-            same = {key: record[key] for key in self.stamp()} == self.stamp()
-        except (OSError, ValueError, KeyError, TypeError):
+        """Whether the result is there, complete, and made from the same input in the same way.
+
+        What cannot be written of this input, and was said to be so, is not waited for.
+        """
+        record = self._record()
+        if "found" not in record:  # begun, and not finished
             return False
-        return same and all(path.is_file() for path in self.files())
+        there = [self.out / file for file in record["files"]]
+        impossible = [self.out / file for file in record.get("not_written", {})]
+        return all(path.is_file() for path in there) and set(self.files()) <= {*there, *impossible}
 
     def claim(self) -> None:
         """Raises InputError where a file that is not of this job stands in the way."""
         blocked = [path for path in self.files() if path.exists()]
-        if blocked and not self.done() and not self.config.overwrite:
+        if blocked and not self._record() and not self.config.overwrite:
             raise InputError(
                 f"{blocked[0]}: is there already, from another input, adapter or set of options; "
                 "give --overwrite or another --output"
             )
+
+    def begin(self) -> None:
+        """Marks what is written from now on as of this job, so that the next run finishes it."""
+        self.finish({"files": []})
+
+    def finish(self, values: dict) -> None:
+        """Records what has become of the job."""
+        with whole(self.record) as part:
+            part.write_text(json.dumps(self.stamp() | values, indent=1) + "\n", encoding="utf-8")
+
+    def _record(self) -> dict:
+        """What is recorded of the same input, made in the same way; empty without it."""
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+            same = {key: record[key] for key in self.stamp()} == self.stamp()
+            return record if same and isinstance(record["files"], list) else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
 
 def _predict_one(job: _Job, segmenter: Segmenter, postprocess: Postprocess | None, number: int, count: int) -> str:
@@ -310,39 +331,56 @@ def _predict_one(job: _Job, segmenter: Segmenter, postprocess: Postprocess | Non
     if postprocess is not None:
         stack = postprocess(stack, case.spacing)
     labels = case_to_volume(case, stack)
-    job.record.unlink(missing_ok=True)
-    _write(job, labels, names)
+    job.begin()
+    written, not_written = _write(job, labels, names)
     _draw(job, case, stack, names)
     seconds = time.perf_counter() - began
     unit, size = ("ml", np.prod(labels.spacing) / 1000) if labels.has_spacing else ("pixels", 1)
     counts = np.bincount(labels.array.ravel(), minlength=max(names, default=0) + 1)
     found = {name: float(counts[label] * size) for label, name in names.items()}
     record = {
-        **job.stamp(),
-        "files": [str(file.relative_to(job.out)) for file in job.files()],
+        "files": written,
         "labels": {str(label): name for label, name in names.items()},
         "unit": unit,
         "found": found,
     }
-    with whole(job.record) as part:
-        part.write_text(json.dumps(record | {"seconds": seconds}, indent=1) + "\n", encoding="utf-8")
+    if not_written:
+        record["not_written"] = not_written
+    job.finish(record | {"seconds": seconds})
     listed = ", ".join(f"{name} {value:.4g} {unit}" for name, value in found.items() if value)
-    return f"{job.pair.name}: {len(case.image)} slices in {seconds:.1f} s: {listed or 'nothing found'}"
+    without = "".join(f"; without {file}: {why}" for file, why in not_written.items())
+    return f"{job.pair.name}: {len(case.image)} slices in {seconds:.1f} s: {listed or 'nothing found'}{without}"
 
 
-def _write(job: _Job, labels: Volume, names: dict[int, str]) -> None:
-    """Writes the label map in every format that is wanted."""
+def _write(job: _Job, labels: Volume, names: dict[int, str]) -> tuple[list[str], dict[str, str]]:
+    """Writes the label map in every format that is wanted.
+
+    Returns:
+        The files that were written, and those that cannot be of this input, with the reason. Raises InputError where
+        that is all that was wanted.
+    """
     colours = [class_colour(label) for label in range(1, max(names, default=0) + 1)]
     palette = [tuple(round(255 * part) for part in colour) for colour in colours]
+    written, not_written = [], {}
     for file in job.files():
+        name = str(file.relative_to(job.out))
         if file.suffix != ".dcm":
             write_volume(labels, file, palette=palette)
+            written.append(name)
             continue
         # The segments of a DICOM SEG are numbered without gaps; a label map may have some.
         segments = np.zeros(max(names, default=0) + 1, np.uint8)
         segments[list(names)] = range(1, len(names) + 1)
         numbered = dataclasses.replace(labels, array=segments[labels.array])
-        write_dicom_seg(numbered, job.pair.images[0], file, list(names.values()), series=job.config.series)
+        try:
+            write_dicom_seg(numbered, job.pair.images[0], file, list(names.values()), series=job.config.series)
+            written.append(name)
+        except NoSegmentationError as error:
+            if not written:
+                raise
+            file.unlink(missing_ok=True)  # that of another adapter or set of options
+            not_written[name] = str(error)
+    return written, not_written
 
 
 def _draw(job: _Job, case: Case, labels: np.ndarray, names: dict[int, str]) -> None:

@@ -131,6 +131,15 @@ def entries(folder: Path) -> dict[str, Path]:
     return found
 
 
+def image_entries(folder: Path) -> dict[str, Path]:
+    """`entries` without DICOM files that are no images: reports, presentation states, contours, raw data."""
+    return {name: path for name, path in entries(folder).items() if not _no_image(path)}
+
+
+def _no_image(path: Path) -> bool:
+    return path.name.lower().endswith(".dcm") and is_dicom(path) and not holds_image(path)
+
+
 def label_entries(folder: Path) -> dict[str, Path | Masks]:
     """Stem -> label file in `folder`, or sub-folder name -> its masks, a file for each structure.
 

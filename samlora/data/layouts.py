@@ -15,6 +15,7 @@ from samlora.data.folders import (
     case_of_label,
     entries,
     few,
+    image_entries,
     is_dicom_folder,
     is_label,
     label_entries,
@@ -169,7 +170,7 @@ def _two_folders(source: Path) -> Layout:
 
 def _matched(images: Path, labels: Path) -> Matched:
     """The pairs of two folders; every image needs a label."""
-    image_files, label_files = entries(images), label_entries(labels)
+    image_files, label_files = image_entries(images), label_entries(labels)
     for folder, found in ((images, image_files), (labels, label_files)):
         if not found:
             raise _Nothing(f"{folder}: no volumes in it; {' '.join(VOLUMES)} and folders of DICOM slices are read")

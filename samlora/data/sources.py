@@ -15,8 +15,8 @@ from samlora.data.folders import (
     Layout,
     Pair,
     channel_of,
-    entries,
     few,
+    image_entries,
     is_dicom_folder,
     may_be_label,
     visible,
@@ -207,7 +207,7 @@ def _images_in(folder: Path, depth: int) -> list[Path]:
         below = [path for name, path in inside.items() if depth and name not in LABEL_FOLDERS]
         return [*_dicom_in(folder), *(path for one in below for path in _images_in(one, depth - 1))]
     data_set = next((inside[name] for name in ("imagests", *IMAGE_FOLDERS) if name in inside), None)
-    files = entries(folder)
+    files = image_entries(folder)
     if data_set is not None and not files:
         return _images_in(data_set, depth)
     found = {name: path for name, path in files.items() if not may_be_label(name)}

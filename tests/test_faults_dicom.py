@@ -308,6 +308,23 @@ def test_one_slice_is_as_thick_as_it_says_or_unknown(tmp_path):
     refused(tmp_path / "dose.dcm", "7.5 mm between frame 3")
 
 
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_headers_without_a_spacing_have_none(ending, stated, tmp_path):
+    """Kind 3: ITK takes 1 mm for files that state no size of their voxels."""
+    content = np.arange(24, dtype=np.uint8).tobytes()
+    if ending == ".nrrd":
+        lines = ["NRRD0004", "type: uchar", "dimension: 3", "sizes: 4 3 2", "encoding: raw"]
+        lines += ["spacings: 1 1 1"] * stated + ["", ""]
+    else:
+        lines = ["ObjectType = Image", "NDims = 3", "BinaryData = True", "DimSize = 4 3 2"]
+        lines += ["ElementSpacing = 1 1 1"] * stated + ["ElementType = MET_UCHAR", "ElementDataFile = LOCAL", ""]
+    (tmp_path / f"a{ending}").write_bytes("\n".join(lines).encode() + content)
+    read = read_volume(tmp_path / f"a{ending}")
+    assert read.has_spacing == stated
+    assert read.array.shape == (4, 3, 2)
+
+
 # --- 4: what is written is read back ---------------------------------------------------------------------------------
 
 COLOURS = RNG.integers(0, 255, (24, 20, 3)).astype(np.uint8)
@@ -613,6 +630,19 @@ def test_many_reports_hide_no_slices(tmp_path):
     assert sorted(read_volume(pair.images[0]).array.shape[2] for pair in pairs) == [3, 4]
 
 
+@pytest.mark.parametrize("ending", ["", ".dcm"])
+def test_pictures_beside_slices_hide_no_series(ending, tmp_path):
+    """Kind 7: a preview or a label beside slices; the slices stay one image."""
+    for number in range(3):
+        tags = PLACE | {"ImagePositionPatient": [0, 0, 3 * number]}
+        save(tmp_path / "in" / f"IM{number}{ending}", STACK[number], **tags)
+    write_volume(Volume(COLOURS.transpose(1, 0, 2)[:, :, None], np.eye(4)), tmp_path / "in" / "preview.png")
+    write_volume(_grid(), tmp_path / "in" / "seg.nii.gz")
+    pairs = find_images(tmp_path / "in")
+    assert sorted(pair.images[0].name for pair in pairs) == ["in", "preview.png"]
+    assert read_volume(tmp_path / "in").array.shape == (20, 24, 3)
+
+
 def test_one_broken_series_does_not_block_the_others(tmp_path):
     """Kind 7: a folder that cannot be read is an input that fails, and a dose is nothing to choose beside a scan."""
     series(tmp_path / "in" / "good")
@@ -715,6 +745,27 @@ def test_damage_is_said_in_one_way_at_every_stage(tmp_path):
     write_dicom_seg(segmented(read_volume(source)), source, tmp_path / "seg.dcm", ["a", "b"])
     (tmp_path / "seg.dcm").write_bytes((tmp_path / "seg.dcm").read_bytes()[:-900])
     refused(tmp_path / "seg.dcm", "cannot be read as DICOM segmentation.*export it again", labels=True)
+
+
+def test_messages_of_libraries_lose_what_only_their_authors_can_use(tmp_path):
+    """Kind 10 (A15): addresses, build paths and objects, at reading and at writing."""
+    from samlora.data.opening import reading, writing
+
+    file = tmp_path / "a.nrrd"
+    file.write_text("x")
+    build = "Exception thrown in SimpleITK ImageFileReader_Execute: /tmp/build/ITK/gdcmImageCodec.cxx:382 (): "
+    for text, kept in (
+        (build + "An invalid logic behavior occurred", "An invalid logic behavior occurred"),
+        ("x ITK ERROR: GDCMImageIO(0x55d29b3743e0): Failed to read", "Failed to read"),
+        ("cannot identify <_io.BufferedReader name='/a/b.tif'>", "cannot identify"),
+        ("far too long " * 40, "far too long far .*"),
+    ):
+        with pytest.raises(InputError, match=rf"cannot be read as NRRD \({kept}\)$"):
+            with reading(file, "NRRD"):
+                raise RuntimeError(text)
+        with pytest.raises(InputError, match=rf"cannot be written \({kept}\); choose"):
+            with writing(file):
+                raise RuntimeError(text)
 
 
 def _test_files() -> list[str]:
@@ -825,11 +876,7 @@ def test_a_run_that_ended_between_two_files_is_finished(failing, adapter, tmp_pa
 
     monkeypatch.setattr(module, failing, fail)
     words = ["--overlay", "png"]
-    if failing == "_draw":
-        assert predict(tmp_path / "in", out, adapter, *words) == 2
-    else:
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            assert predict(tmp_path / "in", out, adapter, *words) == 0
+    assert predict(tmp_path / "in", out, adapter, *words) == (2 if failing == "_draw" else 130)
     assert (out / "p1.nii.gz").is_file()
     monkeypatch.undo()
     capsys.readouterr()

@@ -77,8 +77,8 @@ def read_dicom(path: Path, series: str | int | None) -> Volume:
     gantry: no grid with right angles holds them); the same of frames of one file.
     """
     headers = choose(path, series)
-    slices = stack(headers, path)
     with quiet():
+        slices = stack(headers, path)
         array = read_planes(slices.planes, path)
     array = array.transpose((2, 1, 0, *range(3, array.ndim)))
     return Volume(array, _LPS_TO_RAS @ slices.affine, 1, 1, None, str(path), has_spacing=slices.has_spacing)

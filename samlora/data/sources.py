@@ -4,12 +4,13 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from samlora.data.dicom import list_series
+from samlora.data.dicom_header import holds_image
 from samlora.data.folders import (
     IMAGE_WORDS,
     Layout,
@@ -25,11 +26,12 @@ from samlora.data.grid import Volume, count_values, match_grid
 from samlora.data.layouts import IMAGE_FOLDERS, LABEL_FOLDERS, named_apart
 from samlora.data.pictures import PICTURES
 from samlora.data.recipe import Recipe
-from samlora.data.volume import read_volume, stem
+from samlora.data.volume import VOLUMES, read_volume, stem
 from samlora.errors import InputError, MissingFileError
 
 LOSSY = (".jpg", ".jpeg")  # masks in these need a threshold
 _MOST_CHANNELS = 8  # files numbered higher are slices or frames
+_NO_DICOM = tuple(ending for ending in VOLUMES if ending != ".dcm")
 _MANY = 20  # label values in a message
 
 
@@ -210,13 +212,25 @@ def _images_in(folder: Path, depth: int) -> list[Path]:
     files = image_entries(folder)
     if data_set is not None and not files:
         return _images_in(data_set, depth)
+    beside = _dicom_beside(folder, files)
+    files = {name: path for name, path in files.items() if path not in beside}
     found = {name: path for name, path in files.items() if not may_be_label(name)}
     whole = [path for name, path in found.items() if name.lower() in IMAGE_WORDS]
-    if len(whole) == 1 and not whole[0].is_dir():
+    if len(whole) == 1 and not whole[0].is_dir() and not beside:
         return whole  # what lies beside it, such as scribbles, is no image of its own
     deeper = [path for name, path in inside.items() if depth and name not in LABEL_FOLDERS and path.name not in files]
     slices = [path for one in found.values() for path in (_images_in(one, 0) if one.is_dir() else [one])]
-    return [*slices, *(path for folder in deeper for path in _images_in(folder, depth - 1))]
+    series = _dicom_in(folder) if beside else []
+    return [*series, *slices, *(path for folder in deeper for path in _images_in(folder, depth - 1))]
+
+
+def _dicom_beside(folder: Path, files: Mapping[str, Path]) -> set[Path]:
+    """The DICOM images among and beside other images, such as pictures of them; empty without either."""
+    if all(path.is_dir() or path.name.lower().endswith(".dcm") for path in files.values()):
+        return set()
+    others = {path for path in files.values() if not path.name.lower().endswith(".dcm")}
+    inside = {path for path in visible(folder) if path.is_file() and not path.name.lower().endswith(_NO_DICOM)}
+    return {path for path in inside - others if holds_image(path)}
 
 
 def _dicom_in(folder: Path) -> list[Path]:

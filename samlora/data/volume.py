@@ -80,6 +80,8 @@ def read_volume(
     if not path.exists():
         raise MissingFileError(f"{path}: no such file or folder")
     volume = _read(path, labels, series, threshold)
+    if path.name.lower().endswith(ITK) and not _states_spacing(path):
+        volume.has_spacing = False
     array = volume.array
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
@@ -204,6 +206,19 @@ def _read_itk(path: Path) -> Volume:
     affine[:size, :size] = direction[:size, :size] * image.GetSpacing()[:size]
     affine[:size, 3] = image.GetOrigin()[:size]
     return Volume(array, _LPS_TO_RAS @ affine, 1, 1, None, str(path))
+
+
+def _states_spacing(path: Path) -> bool:
+    """Whether the header of an NRRD or MHA file says how large its voxels are; ITK takes 1 mm where it does not."""
+    with open(path, "rb") as file:
+        head = file.read(2**16)
+    if head.startswith(b"NRRD"):
+        lines = head.replace(b"\r", b"").split(b"\n\n")[0].lower().splitlines()
+        said = [line for line in lines if line.startswith((b"spacings:", b"space directions:"))]
+    else:
+        lines = head.split(b"ElementDataFile")[0].splitlines()
+        said = [line for line in lines if line.startswith((b"ElementSpacing", b"ElementSize"))]
+    return any(b"nan" not in line.lower() for line in said)
 
 
 def _write_itk(volume: Volume, array: np.ndarray, temporary: Path, path: str | os.PathLike) -> None:

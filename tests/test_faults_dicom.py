@@ -733,6 +733,7 @@ def test_damage_is_said_in_one_way_at_every_stage(tmp_path):
         content = Path(jpeg).read_bytes()
         (tmp_path / "cut.dcm").write_bytes(content[: len(content) // 2])
         refused(tmp_path / "cut.dcm", "cannot be read as DICOM.*copy it again, or convert it with dcm2niix")
+    refused(save(tmp_path / "few.dcm", STACK[:4], NumberOfFrames=5), "cannot be read as DICOM.*copy it again")
     path = save(tmp_path / "syntax.dcm", STACK[0])
     path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.9.9.9\0"))
     refused(path, "cannot be read as DICOM.*copy it again")

@@ -6,23 +6,28 @@ with several frames state one place and a distance for all frames, see `offsets`
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 _SLICE_VECTOR = "0054,0080"  # nuclear medicine: the number of the slice that each frame shows
 _OTHER_VECTORS = ("0018|1063", "0018|1065")  # FrameTime, FrameTimeVector: the frames follow each other in time
-# Functional groups: (sequence, element) of what is looked for, in the order of preference. A volume of ultrasound
-# lies in a frame of its own (PlanePositionVolumeSequence).
-_PLACES = (
-    ("PlanePositionSequence", "ImagePositionPatient"),
-    ("PlanePositionVolumeSequence", "ImagePositionVolume"),
-)
-_DIRECTIONS = (
-    ("PlaneOrientationSequence", "ImageOrientationPatient"),
-    ("PlaneOrientationVolumeSequence", "ImageOrientationVolume"),
-)
+# Functional groups: sequence -> element -> what it is called here, and how many numbers it has. A volume of ultrasound
+# lies in a frame of its own (PlanePositionVolumeSequence), which is used where there is no place in the patient.
+_ELEMENTS = {
+    "PlanePositionSequence": {"ImagePositionPatient": ("position", 3)},
+    "PlaneOrientationSequence": {"ImageOrientationPatient": ("orientation", 6)},
+    "PlanePositionVolumeSequence": {"ImagePositionVolume": ("position", 3)},
+    "PlaneOrientationVolumeSequence": {"ImageOrientationVolume": ("orientation", 6)},
+    "PixelMeasuresSequence": {
+        "PixelSpacing": ("spacing", 2),
+        "SliceThickness": ("thickness", 1),
+        "SpacingBetweenSlices": ("between", 1),
+    },
+    "PixelValueTransformationSequence": {"RescaleSlope": ("slope", 1), "RescaleIntercept": ("intercept", 1)},
+    "SegmentIdentificationSequence": {"ReferencedSegmentNumber": ("segment", 1)},
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,54 +71,51 @@ def frames_of(data) -> list[Frame] | None:
     count = int(data.get("NumberOfFrames") or 1)
     if per_frame and len(per_frame) < count:
         raise ValueError(f"{len(per_frame)} functional groups for {count} frames")
-    common = shared[0] if shared else {}
+    common = _values(shared[0]) if shared else {}
     return [_frame(per_frame[n] if per_frame else {}, common) for n in range(count)]
 
 
-def _frame(own, common) -> Frame:
-    position = _first(own, common, _PLACES, 3)
-    orientation = _first(own, common, _DIRECTIONS, 6)
-    measures = "PixelMeasuresSequence"
-    spacing = _first(own, common, ((measures, "PixelSpacing"),), 2)
-    thickness = _first(own, common, ((measures, "SliceThickness"),), 1)
-    between = _first(own, common, ((measures, "SpacingBetweenSlices"),), 1)
-    values = "PixelValueTransformationSequence"
-    slope = _first(own, common, ((values, "RescaleSlope"),), 1)
-    intercept = _first(own, common, ((values, "RescaleIntercept"),), 1)
+def _frame(groups, common: Mapping[str, np.ndarray]) -> Frame:
+    """The frame that these groups describe, and what is common to all frames where they say nothing."""
+    values = {**common, **_values(groups)}
+    spacing, thickness, between = (values.get(name) for name in ("spacing", "thickness", "between"))
+    slope, intercept, segment = (values.get(name) for name in ("slope", "intercept", "segment"))
     rescale = None
     if slope is not None and intercept is not None:
         rescale = float(slope[0]), float(intercept[0])
-    segment = _first(own, common, (("SegmentIdentificationSequence", "ReferencedSegmentNumber"),), 1)
     return Frame(
-        position,
-        orientation,
+        values.get("position"),
+        values.get("orientation"),
         None if spacing is None else (float(spacing[1]), float(spacing[0])),
         None if thickness is None or thickness[0] <= 0 else float(thickness[0]),
         None if between is None or between[0] == 0 else abs(float(between[0])),
         rescale,
         None if segment is None else int(segment[0]),
-        _sources(own),
+        _sources(groups),
     )
 
 
-def _first(own, common, elements: Sequence[tuple[str, str]], count: int) -> np.ndarray | None:
-    """The first of these elements that the frame's own groups or the shared ones hold, as `count` numbers."""
-    for sequence, element in elements:
-        for groups in (own, common):
-            items = groups.get(sequence) or []
-            value = items[0].get(element) if items else None
-            if value is None or value == "":
+def _values(groups) -> dict[str, np.ndarray]:
+    """The numbers in the functional groups of one frame, or in those of all."""
+    found: dict[str, np.ndarray] = {}
+    for sequence, elements in _ELEMENTS.items():
+        items = groups.get(sequence)
+        if not items:
+            continue
+        for element, (name, count) in elements.items():
+            value = items[0].get(element)
+            if value is None or value == "" or name in found:
                 continue
             numbers = np.atleast_1d(np.array(value, np.float64))
             if len(numbers) < count or not np.isfinite(numbers).all():
                 raise ValueError(f"{element} {value}: {count} numbers are needed")
-            return numbers[:count]
-    return None
+            found[name] = numbers[:count]
+    return found
 
 
-def _sources(own) -> tuple[tuple[str, int], ...]:
+def _sources(groups) -> tuple[tuple[str, int], ...]:
     found = []
-    for derivation in own.get("DerivationImageSequence") or []:
+    for derivation in groups.get("DerivationImageSequence") or []:
         for source in derivation.get("SourceImageSequence") or []:
             numbers = source.get("ReferencedFrameNumber") or 1
             first = numbers if isinstance(numbers, int) else numbers[0]

@@ -1,6 +1,7 @@
 """The values of DICOM slices: decoded by GDCM, checked by pydicom where GDCM is known to err or both are exact."""
 
 import contextlib
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ def read_planes(planes: Sequence[Plane], path: Path) -> np.ndarray:
 def _read(plane: Plane, right: dict[tuple, bool]) -> np.ndarray:
     """The frames of the file of `plane`. right: what was found of files with the same kind of pixels."""
     header = plane.header
+    _check_length(header)
     if plane.rescale_differs:  # GDCM takes one for all
         return _by_pydicom(header, "a scale of its own for each frame")
     kind = tuple(header.pixels.values())
@@ -58,6 +60,25 @@ def _read(plane: Plane, right: dict[tuple, bool]) -> np.ndarray:
         return _by_gdcm(header)
     bits = f"{header.pixels['bits']} bits per value in transfer syntax {header.pixels['syntax']}"
     return _by_pydicom(header, bits)
+
+
+def _check_length(header: Header) -> None:
+    """Raises InputError for a file of several frames that holds less than it says: GDCM makes the rest up."""
+    if header.size[2] == 1 or header.pixels["syntax"] not in _EXACT[:2] or not has_pydicom():
+        return
+    import pydicom
+    from pydicom.pixels.utils import get_expected_length
+
+    try:
+        with warnings.catch_warnings(), open(header.path, "rb") as file:
+            warnings.simplefilter("ignore")
+            data = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+            left = os.fstat(file.fileno()).st_size - file.tell()  # the file is read up to its pixels
+            short = left < get_expected_length(data)
+    except Exception:  # without what the length follows from, GDCM decides
+        return
+    if short:
+        raise InputError(f"{header.path}: {BROKEN}; {ADVICE}")
 
 
 def _known_as_wrong(header: Header) -> bool:

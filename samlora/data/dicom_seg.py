@@ -235,6 +235,8 @@ def _painted(
             if labels:
                 array[number] = pixels
                 continue
+            if not pixels.any():
+                continue
             inside = pixels != 0
             if most > 1 and not np.isin(pixels[inside], most).all():
                 raise InputError(f"{path}: its segments are fractions (probabilities); export it as BINARY")

@@ -289,6 +289,11 @@ def test_frames_in_time_have_no_distance(tmp_path):
     assert read.spacing == pytest.approx((0.75, 0.5, 4))
     assert np.array_equal(read.array, STACK[3::-1].T)  # downwards, as the sign says
     assert read.affine[2, 3] == 9 - 3 * 4
+    detector = item(ImagePositionPatient=[5, 6, 7], ImageOrientationPatient=AXIAL)
+    bare = nuclear | {"ImagePositionPatient": None, "ImageOrientationPatient": None}
+    bare["DetectorInformationSequence"] = detector
+    save(tmp_path / "real.dcm", STACK[:4], kind, SliceVector=[1, 2, 3, 4], **bare)
+    assert read_volume(tmp_path / "real.dcm").affine[:3, 3].tolist() == [-5, -6, 7 - 3 * 4]
     save(tmp_path / "gated.dcm", STACK[:4], kind, SliceVector=[1, 2, 1, 2], RRIntervalVector=[1, 1, 2, 2], **nuclear)
     refused(tmp_path / "gated.dcm", "frames [12] and [34] lie at the same place")
 
@@ -618,6 +623,32 @@ def test_other_objects_hide_and_block_nothing(name, tmp_path):
     text = refused(tmp_path / "alone", "no DICOM series in this folder")
     assert called in text
     assert called in refused(tmp_path / "alone" / name, "no DICOM image|unknown kind") or "." not in name
+
+
+def test_discs_are_searched_down_to_their_series(tmp_path):
+    """Kind 7: DICOM/PATIENT/STUDY/SERIES below a DICOMDIR, where studies and series of all patients are named alike."""
+    other_object(tmp_path / "disc" / "DICOMDIR", OTHERS["DICOMDIR"])
+    for patient in ("PA0", "PA1"):
+        series(tmp_path / "disc" / "DICOM" / patient / "ST0" / "SE0", STACK[:3])
+        other_object(tmp_path / "disc" / "DICOM" / patient / "ST0" / "SE0" / "report", "BasicTextSRStorage")
+        series(tmp_path / "disc" / "DICOM" / patient / "ST0" / "SE1", STACK[:4])
+    pairs = find_images(tmp_path / "disc")
+    assert [pair.name for pair in pairs] == ["PA0_ST0_SE0", "PA0_ST0_SE1", "PA1_ST0_SE0", "PA1_ST0_SE1"]
+
+
+def test_cases_may_have_their_slices_deeper(tmp_path):
+    """Kind 7: images/CASE/STUDY/SERIES with a directory file in every folder, as archives export them."""
+    from samlora.data.layouts import find_pairs
+
+    for case in ("p0", "p1"):
+        source = series(tmp_path / "images" / case / "ST" / "SE", STACK[:4])
+        other_object(tmp_path / "images" / case / "DIRFILE", OTHERS["DICOMDIR"])
+        image = read_volume(source)
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        write_volume(segmented(image), tmp_path / "labels" / f"{case}.nii.gz")
+    pairs = find_pairs(tmp_path).pairs
+    assert [pair.name for pair in pairs] == ["p0", "p1"]
+    assert pairs[0].images == (tmp_path / "images" / "p0" / "ST" / "SE",)
 
 
 def test_many_reports_hide_no_slices(tmp_path):

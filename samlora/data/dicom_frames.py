@@ -171,3 +171,21 @@ def read_frames(path: Path) -> list[Frame] | None:
         warnings.simplefilter("ignore")  # about values that break the standard
         data = pydicom.dcmread(path, stop_before_pixels=True, force=True)
         return frames_of(data)
+
+
+def read_detector(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Place and directions of the first slice of nuclear medicine, which stand with its detector; None without them.
+
+    Raises ImportError without pydicom, and what pydicom raises.
+    """
+    import pydicom
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about values that break the standard
+        data = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+        detectors = data.get("DetectorInformationSequence") or []
+        if not detectors:
+            return None
+        position = np.array(detectors[0].get("ImagePositionPatient") or [], np.float64)
+        orientation = np.array(detectors[0].get("ImageOrientationPatient") or [], np.float64)
+    return (position, orientation) if len(position) == 3 and len(orientation) == 6 else None

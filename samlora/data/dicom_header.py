@@ -23,6 +23,7 @@ _NO_IMAGES = ("1.2.840.10008.5.1.4.1.1.4.2", "1.2.840.10008.5.1.4.1.1.77.1.5.3")
 _ENHANCED = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(2\.[12]|4\.[134]|6\.2|13\.1\.\d|128\.1|130)")
 # A dose is an image, but none that lies beside a scan to be chosen instead of it.
 DOSE = "1.2.840.10008.5.1.4.1.1.481.2"
+DIRECTORY = "1.2.840.10008.1.3.10"
 _SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 BROKEN = "cannot be read as DICOM (cut short, damaged or of an unknown compression)"
 ADVICE = "copy it again, or convert it with dcm2niix"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from samlora.data.dicom_frames import Frame, read_frames
+from samlora.data.dicom_frames import Frame, read_detector, read_frames
 from samlora.data.dicom_header import Header, check_directions, has_pydicom
 from samlora.data.opening import reading
 from samlora.errors import InputError
@@ -127,10 +127,14 @@ def _frames(header: Header) -> list[Frame]:
 
 def _stated_once(header: Header) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
     """Place and directions of frames for which the file states one place and their distances; else None."""
-    if header.offsets is None or header.position is None:
+    position, orientation = header.position, header.orientation
+    if header.offsets is not None and position is None and has_pydicom():
+        with reading(header.path, "DICOM"):
+            position, orientation = read_detector(header.path) or (None, None)
+    if header.offsets is None or position is None:
         return [(None, None)] * header.size[2]
-    normal = np.cross(header.orientation[:3], header.orientation[3:])
-    return [(header.position + offset * normal, header.orientation) for offset in header.offsets]
+    normal = np.cross(orientation[:3], orientation[3:])
+    return [(position + offset * normal, orientation) for offset in header.offsets]
 
 
 def _in_order(planes: Sequence[Plane], path: Path) -> list[Plane]:

@@ -38,6 +38,7 @@ _IMAGE_AFTER = re.compile(rf"(.+?){_GAP}{_any(set(IMAGE_WORDS) - set(_MODALITIES
 _IMAGE_BEFORE = re.compile(rf"{_any(IMAGE_WORDS)}(?:{_GAP}+(.+)|(\d.*))", re.I)
 _NUMBERED = re.compile(r"(.+)_(\d{4})")  # nnU-Net numbers the channels of a case
 _WEIGHTED = re.compile(rf"(.+?){_GAP}+({_any(_MODALITIES)})", re.I)
+_STUDY_DEPTH = 2
 _PART = re.compile(r"(?:^|_)\d{3}$")  # several parts of one structure, each in a file
 
 Masks = dict[str, tuple[Path, ...]]
@@ -123,12 +124,33 @@ def entries(folder: Path) -> dict[str, Path]:
     """Stem -> image file or DICOM folder in `folder`, sorted. Raises InputError if two have the same stem."""
     found: dict[str, Path] = {}
     for path in visible(folder):
-        if path.name.lower().endswith(VOLUMES) or (path.is_dir() and is_dicom_folder(path)):
+        inner = path
+        if path.is_dir() and not path.name.lower().endswith(VOLUMES):
+            inner = _only_series(path, _STUDY_DEPTH)
+        if inner is not None and (path.name.lower().endswith(VOLUMES) or path.is_dir()):
             name = path.name if path.is_dir() else stem(path)
             if name in found:
                 raise InputError(f"{path}: {found[name].name} has the same name; keep one of them")
-            found[name] = path
+            found[name] = inner
     return found
+
+
+def _only_series(folder: Path, depth: int) -> Path | None:
+    """`folder` if it holds DICOM slices, or that below it, as in CASE/STUDY/SERIES, which alone does; else None."""
+    if is_dicom_folder(folder):
+        return folder
+    inside = visible(folder)
+    others = [path for path in inside if path.is_file() and path.name.lower().endswith(VOLUMES)]
+    if not depth or any(not _no_image(path) for path in others):
+        return None
+    found = [series for path in inside if path.is_dir() and (series := _only_series(path, depth - 1))]
+    return found[0] if len(found) == 1 and not _has_images(inside, found[0]) else None
+
+
+def _has_images(paths: Iterable[Path], series: Path) -> bool:
+    """Whether a folder beside that of the series holds images too."""
+    beside = [path for path in paths if path.is_dir() and not series.is_relative_to(path)]
+    return any(file.name.lower().endswith(VOLUMES) for path in beside for file in visible(path))
 
 
 def image_entries(folder: Path) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from samlora.data.dicom import list_series
-from samlora.data.dicom_header import holds_image
+from samlora.data.dicom_header import DIRECTORY, holds_image, storage
 from samlora.data.folders import (
     IMAGE_WORDS,
     Layout,
@@ -32,6 +32,7 @@ from samlora.errors import InputError, MissingFileError
 LOSSY = (".jpg", ".jpeg")  # masks in these need a threshold
 _MOST_CHANNELS = 8  # files numbered higher are slices or frames
 _NO_DICOM = tuple(ending for ending in VOLUMES if ending != ".dcm")
+_DISC_DEPTH = 4  # DICOM/PATIENT/STUDY/SERIES below a DICOMDIR
 _MANY = 20  # label values in a message
 
 
@@ -177,9 +178,9 @@ def find_images(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
     """The images in files and folders, sorted by name, as pairs without labels; what is named as labels is left out.
 
     A folder of DICOM slices is one image (or one for each file, if each is a series of its own); of a data set its
-    imagesTs/ or images/ is taken; folders are looked into two levels deep. nnU-Net's numbered channels (X_0000, X_0001)
-    and weightings (X_t1, X_t2) that all cases have become the channels of one image. Images of the same name take
-    their folder's in front. Raises MissingFileError or InputError: nothing there, nothing that can be read.
+    imagesTs/ or images/ is taken; folders are looked into two levels deep, below a DICOMDIR four. nnU-Net's numbered
+    channels (X_0000, X_0001) and weightings (X_t1, X_t2) that all cases have become the channels of one image. Images
+    of the same name take their folder's in front. Raises MissingFileError or InputError: nothing there, nothing that can be read.
     """
     sources = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
     groups: dict[Path, dict[str, Path]] = {}
@@ -195,16 +196,25 @@ def find_images(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
             found = [source]
         for path in found:
             groups.setdefault(path.parent, {}).setdefault(_name(path), path)
-    listed = []
+    listed, far_apart = [], []
+    top = Path(os.path.commonpath([folder.absolute() for folder in groups]))
     for folder, images in groups.items():
         in_front = folder.absolute().parent if folder.name in images else folder.absolute()
-        listed.append((in_front.name, _grouped(folder, images)))
-    pairs, _ = named_apart(listed, Path(sources[0]))
+        grouped = _grouped(folder, images)
+        listed.append((in_front.name, grouped))
+        parts = in_front.relative_to(top).parts if in_front.is_relative_to(top) else ()
+        far_apart.append(("_".join(parts), grouped))
+    try:
+        pairs, _ = named_apart(listed, Path(sources[0]))
+    except InputError:  # PATIENT/STUDY/SERIES, where studies and series are named alike
+        pairs, _ = named_apart(far_apart, Path(sources[0]))
     return sorted(pairs, key=lambda pair: pair.name)
 
 
 def _images_in(folder: Path, depth: int) -> list[Path]:
     inside = {path.name.lower(): path for path in visible(folder) if path.is_dir()}
+    if any(path.is_file() and storage(path) == DIRECTORY for path in visible(folder)):
+        depth = max(depth, _DISC_DEPTH)
     if is_dicom_folder(folder):
         below = [path for name, path in inside.items() if depth and name not in LABEL_FOLDERS]
         return [*_dicom_in(folder), *(path for one in below for path in _images_in(one, depth - 1))]

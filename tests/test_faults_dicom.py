@@ -482,9 +482,14 @@ def test_segmentations_without_empty_frames_fit_their_image(name, tmp_path):
     assert np.array_equal(label.affine, image.affine)
     whole = dataclasses.replace(image, array=labels.T)
     sparse = read_volume(tmp_path / "labels" / "p0.dcm", labels=True)
-    for one, other in ((whole, sparse), (sparse, whole)):
-        both = common_grid(one, other)
-        assert all(np.array_equal(volume.array, labels.T) for volume in both)
+    write_dicom_seg(whole, source, tmp_path / "all.dcm", ["liver"])
+    ours = read_volume(tmp_path / "all.dcm", labels=True)
+    for one, other in ((whole, sparse), (sparse, whole), (ours, sparse), (sparse, ours), (ours, whole)):
+        first, second = common_grid(one, other)
+        assert np.array_equal(first.array, second.array)
+        assert first.array.sum() == labels.sum()
+        if whole in (one, other):
+            assert np.array_equal(first.array, labels.T)
 
 
 def test_a_data_set_of_sparse_segmentations_is_planned_and_measured(tmp_path, capsys):

@@ -187,13 +187,13 @@ def match_grid(label: Volume, to: Volume, *, part: bool = False) -> Volume:
 def common_grid(one: Volume, other: Volume) -> tuple[Volume, Volume]:
     """Two label maps on the smallest grid that holds both, 0 where one of them says nothing.
 
-    The axes run as those of `other` (of `one`, where `other` leaves out slices and `one` does not). Raises
+    The axes run as those of `other` (of `one`, where `other` leaves out slices that `one` has). Raises
     InputError, as `match_grid` does, unless both lie on one lattice and share voxels of it.
     """
-    if other.sparse and not one.sparse:
+    placed = _placed_in(one, other)
+    if placed is None and _placed_in(other, one) is not None:  # `other` leaves out slices that `one` has
         turned, kept = common_grid(other, one)
         return kept, turned
-    placed = _placed_in(one, other)
     shape = np.array(other.array.shape[:3])
     if placed is None or any(i.size and (i.max() < 0 or i.min() >= n) for i, n in zip(placed[1], shape)):
         return match_grid(one, other), other
@@ -304,7 +304,8 @@ def _arranged(volume: Volume, order: np.ndarray, flips: np.ndarray) -> Volume:
     array = np.flip(transposed(volume.array, order), np.flatnonzero(flips))
     move = _index_map(np.array(array.shape[:3]), order, flips)
     qform = None if volume.qform is None else volume.qform @ move
-    return dataclasses.replace(volume, array=array, affine=volume.affine @ move, qform=qform)
+    sparse = volume.sparse and bool(order[2] == 2)
+    return dataclasses.replace(volume, array=array, affine=volume.affine @ move, qform=qform, sparse=sparse)
 
 
 def _index_map(shape: np.ndarray, order: np.ndarray, flips: np.ndarray) -> np.ndarray:

@@ -180,7 +180,8 @@ def find_images(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
     A folder of DICOM slices is one image (or one for each file, if each is a series of its own); of a data set its
     imagesTs/ or images/ is taken; folders are looked into two levels deep, below a DICOMDIR four. nnU-Net's numbered
     channels (X_0000, X_0001) and weightings (X_t1, X_t2) that all cases have become the channels of one image. Images
-    of the same name take their folder's in front. Raises MissingFileError or InputError: nothing there, nothing that can be read.
+    of the same name take their folder's in front. Raises MissingFileError or InputError: nothing there, nothing that
+    can be read.
     """
     sources = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
     groups: dict[Path, dict[str, Path]] = {}

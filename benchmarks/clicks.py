@@ -17,13 +17,14 @@ from segment_anything.modeling import MaskDecoder, Sam, TwoWayTransformer
 from timing import heading, interleave, options, write_record
 
 import samlora
+from samlora.pixels import SAM
 
 FIRST, SECOND = (0.4, 0.3), (0.7, 0.8)  # x, y as shares of the image's sides
 
 
 def predictors(variant: str, size: int, device: torch.device) -> tuple[samlora.Predictor, SamPredictor]:
     """Ours, and Meta's predictor, prompt encoder and decoder with the same weights; the encoder is shared."""
-    model = samlora.build_model("sam", base="random:0", variant=variant, image_size=size).to(device).eval()
+    model = samlora.build_model("sam", "random:0", variant, size, pixels=SAM).to(device).eval()
     transformer = TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
     decoder = MaskDecoder(num_multimask_outputs=3, transformer=transformer, transformer_dim=256)
     decoder.load_state_dict(model.mask_decoder.state_dict())
@@ -31,8 +32,11 @@ def predictors(variant: str, size: int, device: torch.device) -> tuple[samlora.P
     return samlora.Predictor(model), SamPredictor(stock)
 
 
-def measure(variant: str, size: int, pixels: int, repeats: int, device: torch.device) -> dict:
-    """Seconds of a first and of a second click; raises AssertionError unless both give the same."""
+def measure(variant: str, size: int, pixels: int, repeats: int, device: torch.device, check: bool = True) -> dict:
+    """Seconds of a first and of a second click, and how far the answers are apart.
+
+    check: whether AssertionError is raised unless both give the same, as they do on a CPU.
+    """
     ours, stock = predictors(variant, size, device)
     image = np.random.default_rng(0).integers(0, 256, (pixels, pixels, 3), np.uint8)
     ours.set_image(image)
@@ -54,7 +58,7 @@ def measure(variant: str, size: int, pixels: int, repeats: int, device: torch.de
         variants[f"samlora {name}"] = asked(ours.predict, name)
         wanted, found = (variants[f"{who} {name}"]() for who in ("stock", "samlora"))
         difference, pixels_apart = np.abs(found[2] - wanted[2]).max(), (found[0] != wanted[0]).mean()
-        assert difference < 1e-3 and pixels_apart < 1e-4, (name, difference, pixels_apart)
+        assert not check or (difference < 1e-3 and pixels_apart < 1e-4), (name, difference, pixels_apart)
         equality[name] = {"largest_difference_of_logits": float(difference), "share_of_pixels": float(pixels_apart)}
     seconds = interleave(
         variants, repeats, warm_up=3, published=[name for name in variants if name.startswith("stock")]

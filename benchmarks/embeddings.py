@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from samlora.data.arrays import write_slice
 from samlora.data.dataset import Sample, SliceDataset, find_slices
 from samlora.model.build import build_model
-from samlora.model.variants import EMBED, PATCH, STOCK_MASKS, VARIANTS, WINDOW
+from samlora.model.variants import EMBED, STOCK_MASKS, VARIANTS, WINDOW
 from samlora.training.config import TrainConfig
 from samlora.training.embeddings import EmbeddingCache
 from samlora.training.objectives import make_objective
@@ -42,7 +42,7 @@ class StockMedSam(nn.Module):
 
     def __init__(self, variant: str, size: int):
         super().__init__()
-        row, grid = VARIANTS[variant], size // PATCH
+        row, grid = VARIANTS[variant], size // VARIANTS[variant].stride
         self.image_encoder = ImageEncoderViT(
             img_size=size, embed_dim=row.width, depth=row.depth, num_heads=row.heads, use_rel_pos=True,
             window_size=WINDOW, global_attn_indexes=row.global_blocks, norm_layer=partial(nn.LayerNorm, eps=1e-6),

@@ -16,7 +16,7 @@ from timing import KEPT, Products, heading, interleave, options, ratios, write_r
 from torch.utils.flop_counter import FlopCounterMode
 
 import samlora
-from samlora.model.variants import PATCH, VARIANTS
+from samlora.model.variants import VARIANTS
 
 BASELINE = "stock fp32"
 
@@ -55,7 +55,7 @@ def measure(variant: str, size: int, batch: int, repeats: int, device: torch.dev
         with FlopCounterMode(display=False) as counter:
             variants[name]()
         operations[name] = counter.get_total_flops()
-    products = Products(device, batch * (size // PATCH) ** 2, VARIANTS[variant].width)
+    products = Products(device, batch * (size // VARIANTS[variant].stride) ** 2, VARIANTS[variant].width)
     seconds = interleave(variants, repeats, between=products, published=(BASELINE, "stock amp compiled"))
     return {
         "equality": {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from samlora.data.augment import Transform
 from samlora.model.build import build_model
 from samlora.model.sam import Sam
-from samlora.model.variants import EMBED, PATCH, VARIANTS, WINDOW
+from samlora.model.variants import EMBED, VARIANTS, WINDOW
 
 
 class LoRAqkv(nn.Module):
@@ -45,7 +45,8 @@ class PlainSam(nn.Module):
 
     def __init__(self, variant: str, image_size: int, num_masks: int, rank: int):
         super().__init__()
-        self.image_size, row, grid = image_size, VARIANTS[variant], image_size // PATCH
+        self.image_size, row = image_size, VARIANTS[variant]
+        grid = image_size // row.stride
         self.image_encoder = ImageEncoderViT(
             img_size=image_size, embed_dim=row.width, depth=row.depth, num_heads=row.heads, use_rel_pos=True,
             window_size=WINDOW, global_attn_indexes=row.global_blocks, norm_layer=partial(nn.LayerNorm, eps=1e-6),

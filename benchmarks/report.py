@@ -17,7 +17,7 @@ Made by `benchmarks/report.py` from `benchmarks/results/*.json`; `make bench` me
 page. The baseline is stock `segment_anything` with textbook LoRA and every step as SAMed published it
 (`benchmarks/plain.py`). Variants run in turn in one process, their outputs are compared first, and ratios are those of
 medians, with those of the shortest times in brackets. The machine was shared while these were taken; its load at the
-start stands below each table. Nothing on this page was measured on a GPU.
+start stands below each table. What was measured on a GPU has a section of its own.
 
 samlora runs as its commands do, which let glibc keep freed memory (`samlora/allocator.py`); published code and other
 libraries run under glibc's default, but where a line says so. Records made before that was so (those that do not name
@@ -247,6 +247,54 @@ def clicks(record: Mapping) -> str:
     return table(("variant", "median ms", "min ms", "target ms"), rows)
 
 
+GPU_HEAD = """## On a GPU
+
+`make bench-gpu` runs `benchmarks/gpu.py` on one GPU within eight minutes, most important first: SAMed's golden logits
+and losses (and LiteMedSAM's, where its files are at hand) against the numbers of the CPU; a training step of ViT-B at
+512 px with batch 12, stock and ours, with and without `torch.compile`; inference at 512 and 1024 px; LiteMedSAM's
+encoder, its own code and ours; a click; a short training to a Dice. Each section has a process of its own, and each
+result is written to `benchmarks/results/gpu.json` as soon as it is there: what fails says why, and what no longer fits
+into `--seconds` says so. Weights are random where no file is named. `python benchmarks/gpu.py --device cpu --tiny`
+tries the script on a CPU.
+"""
+
+
+def gpu(record: Mapping | None) -> str:
+    """What gpu.py found on a GPU, or that there is no record of one."""
+    if record is None:
+        return f"{GPU_HEAD}\nNothing was measured on a GPU yet.\n"
+    parts = record["sections"]
+    states = [(name, of["state"], of.get("error", "")) for name, of in parts.items()]
+    lines = [GPU_HEAD, table(("section", "state", "why"), states)]
+    step, forward = (parts.get(name, {}).get("result", {}) for name in ("training step", "inference"))
+    measured = {"training step": step} | {f"inference, {size}": of for size, of in forward.items()}
+    for title, of in measured.items():
+        if "rates" in of:
+            columns = (title, "images/s", "MFU", "peak GiB")
+            lines.append(table(columns, [_rate(name, row, of["peak_bytes"]) for name, row in of["rates"].items()]))
+    for batch, of in parts.get("lite_medsam encode", {}).get("result", {}).get("batches", {}).items():
+        columns = (f"LiteMedSAM's encoder, batch {batch}", "images/s", "MFU", "peak GiB")
+        pace = {name: {"images_per_second": rate, "mfu": None} for name, rate in of["images_per_second"].items()}
+        lines.append(table(columns, [_rate(name, row, of["peak_bytes"]) for name, row in pace.items()]))
+    for network, of in parts.get("click", {}).get("result", {}).items():
+        lines.append(table((f"a click, {network}", "median ms"), of["median_ms"].items()))
+    trained = parts.get("short training", {}).get("result", {})
+    if "best_dice" in trained:
+        lines.append(
+            f"Short training: {trained['steps']} steps in {trained['seconds']} s, validation Dice "
+            f"{trained['best_dice']:.3f} on a drawn patient.\n"
+        )
+    torch, facts, commit = record["versions"]["torch"], record["gpu"], str(record["commit"])[:12]
+    lines.append(f"{facts['name']}, CUDA {facts['cuda']}; torch {torch}; commit `{commit}`.\n")
+    return "\n".join(lines)
+
+
+def _rate(name: str, row: Mapping, peaks: Mapping) -> tuple[str, ...]:
+    mfu = NOT_MEASURED if row["mfu"] is None else f"{row['mfu']:.1%}"
+    peak = NOT_MEASURED if peaks.get(name) is None else f"{peaks[name] / 2**30:.2f}"
+    return name, f"{row['images_per_second']:.1f}", mfu, peak
+
+
 SECTIONS = (
     ("encoder", "Image encoder, forward pass", encoder),
     ("step", "Training step", step),
@@ -271,7 +319,9 @@ def page(results: Path) -> str:
             record = json.loads(path.read_text(encoding="utf-8"))
             body = f"{show(record)}\n{source(record)}"
         parts.append(f"## {title}\n\n{body}")
-    parts.append("## Not measured\n\nThe speed of ViT-H; anything on a GPU.\n")
+    record = results / "gpu.json"
+    parts.append(gpu(json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None))
+    parts.append("## Not measured\n\nThe speed of ViT-H.\n")
     return "\n".join(parts)
 
 

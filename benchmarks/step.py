@@ -18,7 +18,6 @@ from timing import KEPT, Products, heading, interleave, options, ratios, write_r
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from samlora.model.variants import PATCH
 from samlora.model.variants import VARIANTS as ENCODERS
 from samlora.training.config import TrainConfig
 from samlora.training.losses import dice_ce
@@ -51,6 +50,7 @@ def make_step(name: str, variant: str, size: int, batch: int, device: torch.devi
     def step() -> Tensor:
         if device.type == "cuda":  # one setting for the whole process, so each step sets its own
             torch.set_float32_matmul_precision("high" if "tf32" in name else "highest")
+            torch.backends.cudnn.allow_tf32 = "tf32" in name
         with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
             outputs = forward(images)
         loss = plain_loss(outputs[0].float(), labels) if stock else dice_ce(outputs, labels)[0]
@@ -77,7 +77,7 @@ def measure(
             operations[name] = counter.get_total_flops()
     for name in {"samlora fp32", "samlora fp32 checkpointing"} & set(names):
         torch.testing.assert_close(losses[name], losses[BASELINE], atol=1e-5, rtol=0)
-    products = Products(device, batch * (size // PATCH) ** 2, ENCODERS[variant].width)
+    products = Products(device, batch * (size // ENCODERS[variant].stride) ** 2, ENCODERS[variant].width)
     variants, stock = steps | {KEPT: steps[BASELINE]}, [name for name in names if name.startswith("stock")]
     seconds = interleave(variants, repeats, warm_up=0, between=products, published=stock)  # two steps were taken above
     return {

@@ -23,17 +23,21 @@ PACKAGES = ("samlora", "torch", "segment-anything", "MedPy", "numpy", "scipy")
 
 
 def timed(function: Callable, *arguments: object) -> tuple[float, object]:
-    """Seconds and result of one call; a GPU's queue is empty before and after."""
-    _wait()
-    began = time.perf_counter()
+    """Seconds and result of one call; a GPU's queue is empty before, and what the call put into it is waited for.
+
+    On a GPU the time is that between two events, the second of which follows all that the call put into the queue.
+    """
+    if not torch.cuda.is_initialized():
+        began = time.perf_counter()
+        result = function(*arguments)
+        return time.perf_counter() - began, result
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    first.record()
     result = function(*arguments)
-    _wait()
-    return time.perf_counter() - began, result
-
-
-def _wait() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3, result
 
 
 def interleave(
@@ -139,10 +143,17 @@ def heading(
         "what": what,
         "device": device_text(device),
         "load_at_start": os.getloadavg()[0],
-        "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
+        "versions": {name: _version(name) for name in packages} | {"python": platform.python_version()},
         "commit": commit(),
         "config": dict(config),
     } | ({"freed_memory": "kept by samlora, given back by published code"} if kept else {})
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # samlora run from a source tree that was not installed
+        return "not installed"
 
 
 def write_record(record: Mapping[str, object], path: Path) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samlora.model.checkpoint import resize_positions
-from samlora.model.sam import PATCH, VARIANTS, WINDOW, Sam, build_sam
+from samlora.model.sam import VARIANTS, WINDOW, Sam, build_sam
 from samlora.model.tensors import write_tensors
 
 WORLDS = 16
@@ -357,7 +357,7 @@ def build(size: int) -> Sam:
     At 128 px a window of 14 x 14 tokens would be two thirds padding, and attention most of the work.
     """
     sam = build_sam("vit_ti", image_size=size, num_masks=4)
-    window = min(WINDOW, size // PATCH)
+    window = min(WINDOW, size // sam.stride)
     for block in sam.image_encoder.blocks:
         if 0 < window < block.window_size:
             block.window_size = window

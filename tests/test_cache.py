@@ -80,7 +80,7 @@ def decoded(folder, slices):
 def contents(made, slices):
     if isinstance(made, SliceCache):
         return [array for index in range(len(slices)) for array in made[index]]
-    return [made.batch([index], torch.device("cpu")).numpy() for index in range(len(slices))]
+    return [made.batch([index], torch.device("cpu")).values.numpy() for index in range(len(slices))]
 
 
 @pytest.mark.parametrize("make_one", [decoded, embedded])
@@ -142,7 +142,7 @@ def test_what_cannot_be_read_has_no_place_until_it_is_mended(slices, tmp_path, m
             assert str(cached.value) == str(plain.value)
             found = [*made[0], *made[2]]
         else:
-            found = [made.batch([index], torch.device("cpu")).numpy() for index in (0, 2)]
+            found = [made.batch([index], torch.device("cpu")).values.numpy() for index in (0, 2)]
         for ours, theirs in zip(found, whole[:per_slice] + whole[2 * per_slice :]):
             assert np.array_equal(ours, theirs)
         slices[1].path.write_bytes(kept)

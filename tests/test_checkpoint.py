@@ -10,7 +10,7 @@ from torch import nn
 import samlora
 from samlora.errors import InputError, MissingFileError
 from samlora.model import checkpoint
-from samlora.model.bases import DEMO_FILE, find_base
+from samlora.model.bases import BASES, find_base
 from samlora.model.sam import build_sam
 
 
@@ -208,7 +208,7 @@ def test_missing_default_base_names_the_command(tmp_path, monkeypatch):
 def test_the_demo_base_is_vit_tis_default(tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)  # found beside the package, not in the current folder
     model = samlora.build_model("samed", variant="vit_ti", num_classes=2)
-    assert (model.spec.base, model.spec.image_size) == (DEMO_FILE, 256) and not recwarn.list
+    assert (model.spec.base, model.spec.image_size) == (BASES["vit_ti"].file, 256) and not recwarn.list
     file = find_base("vit_ti")
     assert file.stat().st_size <= 24e6
     assert {t.dtype for t in checkpoint.read_tensors(file)[0].values()} == {torch.float16}

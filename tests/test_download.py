@@ -1,5 +1,6 @@
 """Fetching base weights, from a server on the loopback."""
 
+import dataclasses
 import http.server
 import threading
 
@@ -7,7 +8,7 @@ import pytest
 
 from samlora.cli import main
 from samlora.errors import InputError
-from samlora.model import download as module
+from samlora.model.bases import BASES
 from samlora.model.download import download
 
 NAME = "sam_vit_b_01ec64.pth"
@@ -42,7 +43,7 @@ def server():
     server.content, server.limit, server.ranges, server.resumes = CONTENT, None, [], True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    server.address = f"http://127.0.0.1:{server.server_port}/segment_anything/"
+    server.address = f"http://127.0.0.1:{server.server_port}/segment_anything/{NAME}"
     yield server
     server.shutdown()
     server.server_close()
@@ -79,17 +80,37 @@ def test_a_damaged_file_is_deleted_and_said(server, tmp_path):
 
 
 def test_errors_are_one_line(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "ADDRESS", "http://127.0.0.1:9/")
+    closed = dataclasses.replace(BASES["vit_b"], address="http://127.0.0.1:9/sam_vit_b_01ec64.pth")
+    monkeypatch.setitem(BASES, "vit_b", closed)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     for arguments, words in (
         (["download", "vit_b"], "download stopped"),
+        (["download", "vit_b"], f"by hand from {closed.page} and put it into checkpoints"),
         (["download", "vit_b", "-o", "file/checkpoints"], "choose another with -o"),
     ):
         assert main(arguments) == 2
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("samlora:")]
         assert words in line
     with pytest.raises(InputError, match="404"):
-        download("vit_l", tmp_path, server.address)
-    with pytest.raises(InputError, match="vit_b, vit_l, vit_h"):
-        download("vit_ti", tmp_path, server.address)
+        download("vit_l", tmp_path, server.address.replace(NAME, BASES["vit_l"].file))
+    with pytest.raises(InputError, match="medsam_vit_b, vit_b_medical_imaging, mobile_sam"):
+        download("medsam", tmp_path, server.address)
+
+
+def test_a_file_without_a_published_hash_is_kept_unless_it_is_a_web_page(server, tmp_path):
+    server.content = b"\n <!DOCTYPE html>"
+    with pytest.raises(InputError, match="a web page; deleted"):
+        download("vit_b_medical_imaging", tmp_path, server.address)
+    assert list(tmp_path.iterdir()) == []
+    server.content = CONTENT
+    path = download("vit_b_medical_imaging", tmp_path, server.address)
+    assert path.name == "vit_b_medical_imaging.pt" and path.read_bytes() == CONTENT
+
+
+def test_a_broken_file_without_a_published_hash_is_continued(server, tmp_path):
+    server.limit = 20
+    with pytest.raises(InputError, match="again to continue"):
+        download("vit_b_medical_imaging", tmp_path, server.address)
+    server.limit = None
+    assert download("vit_b_medical_imaging", tmp_path, server.address).read_bytes() == CONTENT

@@ -12,18 +12,12 @@ import samlora
 from samlora.evaluation.metrics import evaluate
 from samlora.inference.slices import predict_slices
 from samlora.model.checkpoint import adapter_tensors
-from samlora.model.lora import lora_names
-from samlora.model.sam import state_shapes
-from samlora.model.tensors import read_tensors
-from samlora.training.config import TrainConfig
-from samlora.training.losses import dice_ce
-from samlora.training.schedule import learning_rate
-from samlora.training.setup import make_optimizer
 
 HERE = Path(__file__).parent / "golden"
-_spec = importlib.util.spec_from_file_location("golden_inputs", HERE / "inputs.py")
-inputs = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(inputs)
+_spec = importlib.util.spec_from_file_location("golden_models", HERE / "golden_models.py")
+models = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(models)
+inputs = models.inputs
 
 
 @pytest.fixture(scope="module")
@@ -32,45 +26,17 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def base(shared_path):
-    """A file with the names and shapes of Meta's ViT-B, saved as Meta saves it."""
-    path = shared_path / "vit_b.pth"
-    arrays = inputs.base_checkpoint(state_shapes("vit_b"))
-    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def golden_model(base, shared_path):
+def golden_model(shared_path):
     """Builds the model of a case by way of an adapter file as SAMed writes it."""
-
-    def build(system: str, image_size: int, num_classes: int, zero_b: bool = False):
-        model = samlora.build_model(system, base=base, image_size=image_size, num_classes=num_classes)
-        state, stock = model.state_dict(), read_tensors(base)[0]
-        tensors = {
-            short: torch.from_numpy(inputs.lora(short, tuple(state[name].shape), zero_b=zero_b))
-            for short, name in lora_names(model).items()
-        }
-        for name in state:
-            skipped = system == "samed_s" and ".transformer." in name
-            if name.startswith(("prompt_encoder.", "mask_decoder.")) and not skipped:
-                fresh = any(part in name for part in inputs.FRESH_HEADS)
-                value = inputs.fresh_head(name, tuple(state[name].shape)) if fresh else stock[name]
-                tensors[name] = torch.as_tensor(value)
-        path = shared_path / "epoch_159.pth"
-        torch.save(tensors, path)
-        return samlora.load_model(path, base=base, image_size=image_size)
-
-    return build
+    base = models.write_base(shared_path / "vit_b.pth")
+    return lambda *case, **options: models.golden_model(base, *case, **options)
 
 
-@pytest.mark.parametrize(
-    "system, size, classes", [("samed", 224, 8), ("samed", 512, 8), ("samed", 256, 1), ("samed_s", 256, 8)]
-)
+@pytest.mark.parametrize("system, size, classes", models.LOGIT_CASES)
 def test_logits(reference, golden_model, system, size, classes):
     model = golden_model(system, size, classes)
     assert (model.spec.system, model.spec.rank, model.spec.num_classes) == (system, 4, classes)
-    image = torch.from_numpy(inputs.image(0, size)).expand(1, 3, -1, -1)
+    image = models.golden_image(size)
     entry = f"{system}_S{size}_K{classes}"
     with torch.no_grad():
         logits = model(image)
@@ -95,19 +61,7 @@ def two_threads():
 @pytest.mark.parametrize("system", ["samed", "samed_s"])
 def test_eight_training_steps(reference, golden_model, system, two_threads):
     model = golden_model(system, 256, 3, zero_b=True).train()
-    optimizer = make_optimizer(TrainConfig(base_lr=0.001), model, torch.device("cpu"))
-    images = torch.stack([torch.from_numpy(inputs.image(i, 256)).expand(3, -1, -1) for i in (10, 11)])
-    labels = torch.from_numpy(inputs.train_labels())
-    losses, rates = [], []
-    for step in range(8):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, 0.001, 12, warmup_period=3)
-        loss, ce, dice = dice_ce(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append([loss.item(), ce.item(), dice.item()])
-        rates.append(learning_rate(step + 1, 0.001, 12, warmup_period=3))
+    losses, rates = models.train_steps(model, torch.device("cpu"))
     # At these rates AdamW amplifies rounding a thousandfold: one thread instead of two moves the last losses
     # by 2e-4. Where the processor's arithmetic is another, the first steps alone can be compared that closely.
     same_arithmetic = platform.machine() == "x86_64"

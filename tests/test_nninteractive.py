@@ -35,6 +35,7 @@ from samlora.data.grid import reorient
 from samlora.errors import InputError
 from samlora.inference.predictor import Masks
 from samlora.inference.propagate import Carried
+from samlora.model.bases import find_base
 
 MOST = 4 << 20
 ORGAN = (6, 34, 40)  # k, j, i: the middle of one drawn organ, and of another
@@ -55,7 +56,7 @@ def drawn_ct() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def models() -> Models:
-    return Models(device="cpu")
+    return Models(ckpt=find_base("vit_ti"), device="cpu")
 
 
 @contextlib.contextmanager
@@ -518,7 +519,7 @@ class Bright:
     """In the place of a Predictor: the mask is what is bright and connected with the prompt, in every slice."""
 
     knows_score = knows_three = False
-    takes_masks = True
+    takes_masks = carries_masks = True
 
     def __init__(self, *_):
         self.asked = []

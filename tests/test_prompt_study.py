@@ -204,6 +204,12 @@ def test_without_an_adapter_the_base_answers(prepared, tmp_path):
     assert {entry["prompt"] for entry in summary["dice"]} == {CLICKS, BOX}
 
 
+def test_without_lite_medsam_the_log_names_the_command_that_brings_it(prepared, tmp_path, without_lite_medsam):
+    assert study(prepared, tmp_path / "o", "--clicks", "1", "--boxes", "0", "--max_slices", "1") == 0
+    log = (tmp_path / "o" / "log.txt").read_text()
+    assert "sam_vit_ti_demo.safetensors" in log and "pip install 'samlora[lite]'" in log
+
+
 def test_a_system_without_prompts_is_measured_without_them(prepared, tmp_path):
     assert study(prepared, tmp_path / "o", "--adapter", str(prepared / "samed.safetensors")) == 0
     summary = json.loads((tmp_path / "o" / "summary.json").read_text())

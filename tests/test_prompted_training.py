@@ -200,7 +200,7 @@ REFUSED = {
     "points without points": (["--system", "sam_lora", "--prompt", "pt", "--sample_num", "0"], "--sample_num 0"),
     "entropy without a second point": (["--system", "sam_lora", "--point_strategy", "entropy"], "--sample_num 2"),
     "embeddings that move": (["--system", "medsam_decoder", "--cache_embeddings", "x"], "--augment none"),
-    "embeddings that train": (["--system", "samed", "--augment", "none", "--cache_embeddings", "x"], "encoder of samed trains"),
+    "embeddings that train": (["--system", "samed", "--augment", "none", "--cache_embeddings", "x"], "encoder of samed trains from its beginning"),
     "LoRA+ without LoRA": (["--system", "medsam", "--lora_plus", "16"], "has no LoRA"),
     "checkpointing without an encoder": (["--system", "unet", "--checkpointing"], "no image encoder"),
     "nothing trains": (["--system", "sam"], "nothing of it trains"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import samlora
 from samlora.errors import InputError
 from samlora.model.lora import LoRA_qkv, LoRAOptions, lora_names, merge, unmerge
 from samlora.model.methods import train_only
@@ -264,6 +265,8 @@ def test_chosen_blocks_and_their_names(state):
         (lambda: build_sam("vit_t", 100), "try 96"),
         (lambda: inject_tiny(TinyEncoder(VARIANTS["vit_t"], 64), 4, [10]), "0 to 9"),
         (lambda: inject_tiny(TinyEncoder(VARIANTS["vit_t"], 64), 0), "rank 0"),
+        (lambda: samlora.build_model("msa", "random:0", "lite_medsam"), "plain ViT, and this is a TinyViT; give one of vit_ti, vit_b"),
+        (lambda: samlora.build_model("samus", "random:0", "vit_t", 256), "plain ViT, and this is a TinyViT; give one of vit_ti, vit_b"),
     ],
 )
 def test_errors(call, words):

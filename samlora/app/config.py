@@ -10,15 +10,15 @@ from samlora.options import option
 class AppConfig:
     """All of the page but the image or folder that it opens."""
 
-    adapter: tuple[str, ...] = option((), "adapters to choose from; without one the base alone answers clicks")
+    adapter: tuple[str, ...] = option((), "adapters to choose from; without one the base alone answers")
     ckpt: str | None = option(
-        None, "base weights (default: checkpoints/ file of the adapter's variant, else the demo base)"
+        None, "base weights (default: those of the adapter's variant; without an adapter LiteMedSAM)"
     )
     recipe: str | None = option(
         None, "recipe, for adapters that hold none (SAMed's .pth): a shipped one or a YAML file"
     )
     image_size: int | None = option(
-        None, "side of the input of the base alone (default: 1024; 512 is faster and coarser; vit_ti: 256)"
+        None, "side of the input of the base alone (default: as it was trained, 1024 for SAM's, 256 for LiteMedSAM)"
     )
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda", "mps"))
     precision: str = option(

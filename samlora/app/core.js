@@ -99,6 +99,12 @@ export const refresh = () => inTurn(async () => take(await ask("GET", "/api/stat
 // Settled when all actions asked for so far are done.
 export const queued = () => queue.catch(() => {});
 
+// Whether the model in use was trained with boxes, so that points alone find little.
+export const boxesFirst = () => now.about.models[now.state.model].boxes_first;
+
+export const imageIsOpen = () =>
+  `${now.state.image.name} is open${boxesFirst() ? "; drag a box around an object" : ""}`;
+
 export const jobRunning = () => Boolean(now.state && now.state.job && now.state.job.running);
 
 export function working(text, done, total) {

@@ -1,6 +1,6 @@
 "use strict";
 // Files come and go: opening, handing in, exporting; and the dialogs.
-import { $, act, ask, Failure, jobRunning, now, queued, refresh, say, view, working } from "./core.js";
+import { $, act, ask, Failure, imageIsOpen, jobRunning, now, queued, refresh, say, view, working } from "./core.js";
 import { element } from "./panel.js";
 
 const FORMATS = [
@@ -81,7 +81,7 @@ export const unsaved = () => Boolean(now.state && (now.state.unsaved || view.tra
 export const sure = () => !unsaved() || confirm("The labels were not exported. Open another image and lose them?");
 
 function opened(answer) {
-  return answer.series ? "several series: choose one" : `${answer.image.name} is open`;
+  return answer.series ? "several series: choose one" : imageIsOpen();
 }
 
 let listed = ""; // the image that is open, as the list names it; "" for none of the list

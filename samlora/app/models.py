@@ -8,26 +8,22 @@ from pathlib import Path
 import torch
 
 from samlora.data.recipe import Recipe
-from samlora.device import DTYPES, device_name, pick_device, pick_precision
+from samlora.device import DTYPES, device_name, exact_float32, pick_device, pick_precision
 from samlora.errors import InputError
-from samlora.model.bases import DEMO_FILE, find_base
+from samlora.model.bases import base_name, default_base, find_base, known_base
 from samlora.model.build import build_model, load_model
 from samlora.model.checkpoint import Base, guess_spec, open_base, read_adapter
 from samlora.model.methods import system_row
 from samlora.model.sam import Sam
 from samlora.model.variants import VARIANTS
 
-DEMO_NOTE = (
-    "The small demo base has seen drawn shapes only: its masks are rough. For real work: samlora download vit_b, "
-    "then give --ckpt"
-)
-
 
 @dataclass(frozen=True)
 class Entry:
     """One model to choose. promptable: answers clicks and boxes; automatic: draws its classes by itself.
 
-    recipe: how it wants its slices, None where it takes them as they are. note: what a user should know.
+    recipe: how it wants its slices, None where it takes them as they are. note: what a user should know. boxes_first:
+    it was trained with boxes, and points alone find little.
     """
 
     name: str
@@ -38,13 +34,14 @@ class Entry:
     recipe: Recipe | None
     note: str
     model: Sam
+    boxes_first: bool = False
 
 
 class Models:
     """All models of a page, on one device. `lock` is to be held while one of them computes.
 
     adapters: adapter files, in the order in which they are offered. ckpt: the base of all of them; None for each
-    adapter's usual one, and for the demo base where there is no adapter. Every base that a file was opened for is
+    adapter's usual one, and for `default_base` where there is no adapter. Every base that a file was opened for is
     offered itself too, untouched, for clicks. device, precision: as of `samlora predict`. image_size: side of the
     input of the untouched bases; None for the one they were trained at. recipe: for adapters that hold none.
     Raises InputError or MissingFileError where an adapter or a base cannot be used.
@@ -61,11 +58,12 @@ class Models:
     ):
         self.lock = threading.Lock()
         self.device = pick_device(device)
+        exact_float32()
         self.precision: torch.dtype = DTYPES[pick_precision(precision, self.device)]
         self._bases: dict[Path, Base] = {}
         loaded = [self._load(Path(adapter), ckpt, recipe) for adapter in adapters]
         if not adapters:
-            self._base(find_base("vit_ti") if ckpt is None else Path(ckpt))
+            self._base(default_base() if ckpt is None else Path(ckpt))
         bases = [self._untouched(base, image_size) for base in self._bases.values()]
         self.entries: tuple[Entry, ...] = tuple(_named_apart(loaded) + bases)
 
@@ -83,11 +81,14 @@ class Models:
 
     def _load(self, path: Path, ckpt: str | Path | None, recipe: Recipe | None) -> tuple[Path, Entry]:
         tensors, spec = read_adapter(path)
-        variant = guess_spec(tensors, path)["variant"] if spec is None else spec.variant
+        if spec is None:
+            usual = guess_spec(tensors, path)["variant"]
+        else:
+            usual = base_name(Path(spec.base)) or spec.variant
         if spec is not None and system_row(spec.system).network:
             raise InputError(f"--adapter {path}: {spec.system} is no SAM; the page has none of it, use samlora predict")
         own_base = spec is not None and spec.base.startswith("random:") and ckpt is None
-        base = "default" if own_base else self._base(find_base(variant) if ckpt is None else Path(ckpt))
+        base = "default" if own_base else self._base(find_base(usual) if ckpt is None else Path(ckpt))
         model = load_model(path, base)
         row, spec = system_row(model.spec.system), model.spec
         if spec.recipe is not None:
@@ -101,9 +102,12 @@ class Models:
     def _untouched(self, base: Base, image_size: int | None) -> Entry:
         model = build_model("sam", base, image_size=image_size or VARIANTS[base.variant].image_size)
         model = model.eval().to(self.device)
-        detail = f"SAM as it is, {base.variant}, {model.spec.image_size} px"
-        note = DEMO_NOTE if base.path.name == DEMO_FILE else ""
-        return Entry(base.path.stem, detail, True, False, (), None, note, model)
+        detail = f"base as published, {base.variant}, {model.spec.image_size} px"
+        known = known_base(base.path.name)
+        if known is None:
+            return Entry(base.path.stem, detail, True, False, (), None, "", model)
+        boxes_first = "points" not in known.prompts
+        return Entry(base.path.stem, detail, True, False, (), None, known.note, model, boxes_first)
 
     def entry(self, number: int) -> Entry:
         """The model of that number, from 0. Raises InputError if there is none."""

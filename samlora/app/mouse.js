@@ -1,6 +1,6 @@
 "use strict";
 // Mouse and pen on the canvas: points, boxes, strokes, window, slices, zoom.
-import { $, act, go, jobRunning, markEncoded, now, show, view } from "./core.js";
+import { $, act, boxesFirst, go, jobRunning, markEncoded, now, show, view } from "./core.js";
 import { setWindow } from "./panel.js";
 
 export const keys = { space: false }; // held down
@@ -104,13 +104,18 @@ const scored = (answer) => {
   return score === null || score === undefined ? "" : `the model expects an overlap (IoU) of ${score.toFixed(2)}`;
 };
 
+const clicked = (answer) =>
+  boxesFirst() && answer.prompts && !answer.prompts.box
+    ? "this model was trained with boxes: drag one around the object"
+    : scored(answer);
+
 function point(at, x, y, positive) {
   const [, height, width] = now.state.image.shape;
   if (x < 0 || y < 0 || x >= width || y >= height) return;
   const here = view.marks || { points: [], box: null };
   if (positive || here.points.length || here.box) view.marks = { ...here, points: [...here.points, [x, y, positive]] };
   view.draw(); // the point is seen before the answer comes
-  act("asking the model", "/api/click", { index: at, x, y, positive }, scored).then(() => {
+  act("asking the model", "/api/click", { index: at, x, y, positive }, clicked).then(() => {
     markEncoded(at);
     show();
   });

@@ -1,6 +1,6 @@
 "use strict";
 // Begins; keys and buttons, each bound to what it does.
-import { $, act, ask, go, jobRunning, now, say, take, view } from "./core.js";
+import { $, act, ask, go, imageIsOpen, jobRunning, now, say, take, view } from "./core.js";
 import { list, name, offerFormats, openListed, sure, unsaved, upload } from "./files.js";
 import { drop, hover, keys, leave, press, release, unheld, wheel } from "./mouse.js";
 import { choose, element, rename, render, setWindow } from "./panel.js";
@@ -224,7 +224,7 @@ async function begin() {
   if (!now.about.models[now.state.model].promptable) now.tool = "brush";
   if (now.state.image) {
     list(now.about.images.includes(now.state.image.name) ? now.state.image.name : "");
-    say(`${now.state.image.name} is open`);
+    say(imageIsOpen());
   } else if (now.about.images.length) {
     await openListed(now.about.images[0]);
   } else say("open an image to begin");

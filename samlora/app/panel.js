@@ -1,6 +1,6 @@
 "use strict";
 // The panel at the right, the tools at the left, the window of values.
-import { $, act, jobRunning, now, say, view } from "./core.js";
+import { $, act, boxesFirst, jobRunning, now, say, view } from "./core.js";
 import { name } from "./files.js";
 
 const PRESETS = [
@@ -152,8 +152,11 @@ export function choose(next) {
   view.cursor = null;
   view.draw();
   render();
+  const prompt = boxesFirst()
+    ? "drag: box around the object; then left click: belongs to it; right click: does not"
+    : "left click: belongs to the object; right click: does not; drag: box";
   const told = {
-    prompt: "left click: belongs to the object; right click: does not; drag: box",
+    prompt,
     brush: "paint the active label; [ and ] change the size",
     eraser: "erase the active label; [ and ] change the size",
   };

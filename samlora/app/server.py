@@ -84,11 +84,9 @@ def create_app(
 
     @app.get("/api/about")
     def about(_: of_session) -> dict:
+        told = ("name", "detail", "promptable", "automatic", "note", "boxes_first")
         return {
-            "models": [
-                {key: getattr(entry, key) for key in ("name", "detail", "promptable", "automatic", "note")}
-                for entry in models.entries
-            ],
+            "models": [{key: getattr(entry, key) for key in told} for entry in models.entries],
             "device": models.where,
             "images": library.names,
             "folder": None if library.root is None else library.root.name,

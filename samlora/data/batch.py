@@ -3,8 +3,6 @@
 import functools
 from collections.abc import Sequence
 
-import numpy as np
-
 from samlora.data.augment import Transform, rotation
 from samlora.data.frame import Frame
 from samlora.pixels import SAMED, Pixels
@@ -36,21 +34,34 @@ def make_batch(
     """
     import torch
 
-    low = side // 4 if low is None else low
     batch = []
-    targets = torch.empty(len(images), low, low, dtype=torch.int64, device=device)
-    for i, (image, label, transform) in enumerate(zip(images, labels, transforms)):
-        image, label = (transformed(x.to(device, non_blocking=True), transform) for x in (image, label))
-        frame = frame_of(*label.shape, side, pixels, low)
+    for image, transform in zip(images, transforms):
+        image = transformed(image.to(device, non_blocking=True), transform)
+        frame = frame_of(*image.shape[-2:], side, pixels, low)
         batch.append(frame.squares(image[None] if image.ndim == 2 else image, fill))
-        positions = [torch.from_numpy(np.array(index)).to(device) for index in frame.label_index]
+    targets = make_targets(labels, transforms, side, device, pixels, low)
+    # Of stretched gray images some fit the square as they are: all have one channel then, and padded ones have three.
+    squares = torch.stack([square.expand(max(map(len, batch)), -1, -1) for square in batch])
+    return squares if squares.shape[1] > 1 else squares.expand(-1, 3, -1, -1), targets
+
+
+def make_targets(
+    labels: Sequence, transforms: Sequence[Transform], side: int, device, pixels: Pixels = SAMED, low: int | None = None
+):
+    """The labels of `make_batch` without the images: (B, L, L) int64 on `device`. Arguments as there."""
+    import torch
+
+    low = side // 4 if low is None else low
+    targets = torch.empty(len(labels), low, low, dtype=torch.int64, device=device)
+    for i, (label, transform) in enumerate(zip(labels, transforms)):
+        label = transformed(label.to(device, non_blocking=True), transform)
+        frame = frame_of(*label.shape, side, pixels, low)
+        positions = frame.on("label_index", label.device)
         target = label[positions[0][:, None], positions[1]].long()
         target[positions[0] < 0, :] = 0
         target[:, positions[1] < 0] = 0
         targets[i] = target
-    # Of stretched gray images some fit the square as they are: all have one channel then, and padded ones have three.
-    squares = torch.stack([square.expand(max(map(len, batch)), -1, -1) for square in batch])
-    return squares if squares.shape[1] > 1 else squares.expand(-1, 3, -1, -1), targets
+    return targets
 
 
 def transformed(x, transform: Transform):

@@ -124,6 +124,21 @@ class Frame:
         """
         return tuple(self._nearest(n, m) for n, m in zip(self._shape, self.size))
 
+    @functools.cached_property
+    def _placed(self) -> dict:
+        return {}
+
+    def on(self, name: str, device) -> tuple:
+        """The two arrays of the property `name` as tensors on a device.
+
+        They are copied there once: each copy from pageable memory makes a GPU wait. Nothing may change them.
+        """
+        import torch
+
+        if (name, device) not in self._placed:
+            self._placed[name, device] = tuple(torch.from_numpy(array).to(device) for array in getattr(self, name))
+        return self._placed[name, device]
+
     @property
     def inside(self) -> np.ndarray:
         """(L, L) bool: where a target shows the image, not the padding."""
@@ -172,7 +187,7 @@ class Frame:
         """
         import torch
 
-        rows, cols = (torch.from_numpy(matrix).to(images.device) for matrix in self.matrices)
+        rows, cols = self.on("matrices", images.device)
         square = images if self._fits else rows @ images.float() @ cols.T
         height, width = self.size
         if self.pixels.values == "minmax":
@@ -215,9 +230,7 @@ class Frame:
 
     def logits(self, logits):
         """Logits (..., L, L), a torch tensor on any device, on the image's pixels: (..., H, W), float32."""
-        import torch
-
-        rows, cols = (torch.from_numpy(matrix).to(logits.device) for matrix in self.matrices_back)
+        rows, cols = self.on("matrices_back", logits.device)
         return rows @ logits.float() @ cols.T
 
     def classes(self, logits):

@@ -87,7 +87,7 @@ def read_volume(
     Raises MissingFileError, or InputError if the file is unreadable, has other axes, is empty, holds NaN, has no
     usable affine, holds several series of which none is chosen, or (labels) holds fractions, colours or channels.
     """
-    path = checked_path(path)
+    path = find_file(path)
     if not path.exists():
         raise MissingFileError(f"{path}: no such file or folder")
     volume = _read(path, labels, series, threshold)
@@ -119,7 +119,7 @@ def read_label_names(path: str | os.PathLike) -> label_tables.Names:
     Reads headers only. Structures in several layers are numbered, as overlaps are known from the voxels alone. Raises
     what `read_volume` raises.
     """
-    path = checked_path(path)
+    path = find_file(path)
     name = path.name.lower()
     kind = contents.DICOM if path.is_dir() else contents.content(path) or _kind_by_ending(name)
     names: label_tables.Names = {}
@@ -163,14 +163,6 @@ def write_volume(
             write_array(array, temporary)
         else:
             write_picture(array, temporary, str(path), palette)
-
-
-def checked_path(path: str | os.PathLike) -> Path:
-    """`path` as a Path. Raises InputError for what is no path, such as an array or None."""
-    try:
-        return find_file(path)
-    except TypeError:
-        raise InputError(f"a path is needed, not {type(path).__name__}; give the name of a file or folder") from None
 
 
 def _read(path: Path, labels: bool, series: str | int | None, threshold: float | None) -> Volume:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from samlora.errors import InputError
+from samlora.model.variants import VARIANTS
 from samlora.options import option
 
 
@@ -50,7 +51,7 @@ class TestConfig(ForwardOptions):
         "side to which slices are shrunk first, as SAMed does with 224; 0 for never (default: as "
         "the training slices were made; 224 where that is not known)",
     )
-    vit_name: str | None = option(None, "SAM variant of the adapter: vit_ti, vit_b, vit_l or vit_h")
+    vit_name: str | None = option(None, f"SAM variant of the adapter: one of {', '.join(VARIANTS)}")
     rank: int | None = option(None, "LoRA rank of the adapter")
     system: str | None = option(None, "system of the adapter: samed, samed_s or samed_h")
     module: str | None = option(None, "SAMed's name for the system")
@@ -69,11 +70,29 @@ class PredictConfig(ForwardOptions):
     """All of a prediction but its inputs. What the adapter file knows need not be given."""
 
     output: str | None = option(None, "folder for the label maps")
-    adapter: tuple[str, ...] = option((), "the adapter; several are averaged")
-    ckpt: str | None = option(None, "base weights (default: checkpoints/ file of the adapter's variant)")
+    adapter: tuple[str, ...] = option((), "the adapter; several are averaged; none is needed with boxes")
+    ckpt: str | None = option(
+        None, "base weights (default: checkpoints/ file of the adapter's variant; without an adapter LiteMedSAM)"
+    )
     recipe: str | None = option(
         None, "recipe, for adapters that hold none (SAMed's .pth): a shipped one or a YAML file"
     )
+    boxes: str | None = option(
+        None,
+        "CSV or JSON file of boxes to segment by: image, slice (or z0 and z1), x0, y0, x1, y1, label; in pixels of the "
+        "slices as the app shows them",
+    )
+    boxes_from: str | None = option(
+        None, "label map, or folder of them, to take tight boxes from, one for each label and slice; for experiments"
+    )
+    box_jitter: int = option(
+        0, "with --boxes_from: each side of a box is moved outwards by up to this many pixels of the slice"
+    )
+    propagate: bool = option(
+        False,
+        "carry what a box gives from slice to slice; with --boxes_from each label has one box, on its largest slice",
+    )
+    seed: int = option(1234, "seed of --box_jitter")
     series: str | None = option(None, "which series of a DICOM folder: its number in the list, or its UID")
     format: str = option(
         "same",
@@ -90,8 +109,31 @@ class PredictConfig(ForwardOptions):
     def __post_init__(self) -> None:
         if not self.output:
             raise InputError("--output is missing; give the folder for the label maps: -o FOLDER")
-        if not self.adapter:
-            raise InputError("--adapter is missing; give the adapter that train.py printed at its end")
+        self._check_boxes()
         for name in ("batch_size", "n_gpu", "num_nodes"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} is not possible; give 1 or more")
+
+    @property
+    def by_boxes(self) -> bool:
+        """Whether boxes say what to segment; otherwise the system draws its classes by itself."""
+        return self.boxes is not None or self.boxes_from is not None
+
+    def _check_boxes(self) -> None:
+        if self.boxes is not None and self.boxes_from is not None:
+            raise InputError("--boxes and --boxes_from are both given; give one of them")
+        if not self.by_boxes and not self.adapter:
+            raise InputError(
+                "--adapter is missing; give the adapter that train.py printed at its end, or boxes: --boxes FILE"
+            )
+        if not self.by_boxes and self.propagate:
+            raise InputError("--propagate carries what boxes give; give them too: --boxes FILE")
+        if self.by_boxes and len(self.adapter) > 1:
+            count = len(self.adapter)
+            raise InputError(f"--adapter: {count} adapters cannot be averaged with boxes; give one, or none")
+        if self.by_boxes and self.tta:
+            raise InputError("--tta averages what a system draws by itself; leave it out with boxes")
+        if self.box_jitter < 0:
+            raise InputError(f"--box_jitter {self.box_jitter} is not possible; give 0 or more pixels")
+        if self.box_jitter and self.boxes_from is None:
+            raise InputError(f"--box_jitter {self.box_jitter} is for the boxes of --boxes_from; leave it out")

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from samlora.inference.ensemble import Averaged
 from samlora.inference.postprocess import Postprocess
 from samlora.inference.slices import check_automatic, predict_slices
 from samlora.journal import Journal
+from samlora.model.bases import BASES, default_base
 from samlora.model.build import load_model
 from samlora.model.checkpoint import Spec
 from samlora.model.lora import merge
@@ -120,33 +122,39 @@ def as_case(volume: Volume | str | os.PathLike, recipe: Recipe) -> Case:
 def predict(inputs: Sequence[str | os.PathLike], config: PredictConfig) -> Path:
     """Segments files and folders and returns the folder of results.
 
-    Per input one label map on the input's own grid (of DICOM also dicom_seg/NAME.dcm), cases/NAME.json with the
-    volume of each class, and overlays/ if asked for. What is there already, made from the same file in the same way,
-    is kept. With several devices each process takes its share of the inputs. An input that cannot be used is named,
-    and the others go on; then, or where nothing can start at all, InputError is raised.
+    By the classes that an adapter draws by itself, or by boxes (`samlora.inference.boxes`). Per input one label map on
+    the input's own grid (of DICOM also dicom_seg/NAME.dcm), cases/NAME.json with the volume of each class, and
+    overlays/ if asked for. What is there already, made from the same file in the same way, is kept. With several
+    devices each process takes its share of the inputs. An input that cannot be used is named, and the others go on;
+    then, or where nothing can start at all, InputError is raised.
     """
     out = Path(config.output)
     postprocess = Postprocess.parse(config.postprocess) if config.postprocess else None
     pairs = find_images(inputs)
     fabric, precision = launch(config.device, config.precision, config.n_gpu, config.num_nodes, _strategy(config))
-    model = _load(config).to(fabric.device)
-    recipe = fitting_recipe(model.spec, None if config.recipe is None else Recipe.load(config.recipe))
-    made_by = _made_by(config, recipe)
-    jobs = [_Job(pair, out, config, made_by) for pair in pairs]
+    segmenter: Segmenter
+    if config.by_boxes:
+        segmenter, pairs, notes = _by_boxes(config, pairs, fabric.device, DTYPES[precision])
+    else:
+        segmenter, notes = _Automatic(config, fabric.device, DTYPES[precision]), []
+    options = _options(config)
+    jobs = [_Job(pair, out, config, options | segmenter.made_by(pair)) for pair in pairs]
     mine = jobs[fabric.global_rank :: fabric.world_size]
     for job in mine:
         job.claim()
     journal = Journal(out, f"--output {out}")
-    names = dict(enumerate(model.spec.class_names, start=1))
     if fabric.is_global_zero:
-        journal.say(_heading(config, model.spec, recipe, len(pairs), device_name(fabric.device), precision))
+        device = device_name(fabric.device)
+        journal.say(f"{segmenter.heading}; {len(pairs)} inputs, device {device}, {precision}")
+        for note in notes:
+            journal.say(note)
     failed = []
     for number, job in enumerate(mine):
         if job.done():
             journal.say(f"{job.pair.name}: is there already")
             continue
         try:
-            journal.say(_predict_one(job, model, recipe, postprocess, DTYPES[precision], names, number, len(mine)))
+            journal.say(_predict_one(job, segmenter, postprocess, number, len(mine)))
         except InputError as error:
             journal.say(f"{job.pair.name}: failed: {error}")
             failed.append(error)
@@ -161,6 +169,82 @@ def predict(inputs: Sequence[str | os.PathLike], config: PredictConfig) -> Path:
         journal.say(f"{len(pairs)} label maps in {out}")
     journal.close()
     return out
+
+
+class Segmenter(Protocol):
+    """What makes the label map of an input: a system by itself, or boxes."""
+
+    heading: str
+
+    def made_by(self, pair: Pair) -> dict:
+        """What decides the result of an input beside its file and `_options`, as plain data."""
+
+    def read(self, pair: Pair, series: str | None) -> Case:
+        """The slices of an input."""
+
+    def steps(self, case: Case) -> int:
+        """The sum of what `labels` reports as progress."""
+
+    def labels(
+        self, pair: Pair, case: Case, progress: Callable[[int], object] | None = None
+    ) -> tuple[np.ndarray, dict[int, str]]:
+        """The labels (D, H, W) of a case, and their names."""
+
+
+class _Automatic:
+    """The classes that one system, or the mean of several, draws by itself."""
+
+    def __init__(self, config: PredictConfig, device: torch.device, precision: torch.dtype):
+        self._model = _load(config).to(device)
+        self._recipe = fitting_recipe(self._model.spec, None if config.recipe is None else Recipe.load(config.recipe))
+        self._batch_size, self._precision = config.batch_size, precision
+        self._names = dict(enumerate(self._model.spec.class_names, start=1))
+        self.heading = _heading(config, self._model.spec, self._recipe)
+
+    def made_by(self, pair: Pair) -> dict:
+        return {"recipe": self._recipe.to_dict()}
+
+    def read(self, pair: Pair, series: str | None) -> Case:
+        path = pair.images[0]
+        return as_case(path if str(path).endswith(".npy.h5") else read_image(pair, series), self._recipe)
+
+    def steps(self, case: Case) -> int:
+        return len(case.image)
+
+    def labels(
+        self, pair: Pair, case: Case, progress: Callable[[int], object] | None = None
+    ) -> tuple[np.ndarray, dict[int, str]]:
+        found = predict_case(self._model, case, self._recipe, self._batch_size, self._precision, progress)
+        return found, self._names
+
+
+def _by_boxes(
+    config: PredictConfig, pairs: Sequence[Pair], device: torch.device, precision: torch.dtype
+) -> tuple[Segmenter, list[Pair], list[str]]:
+    """What segments by boxes, the inputs that have boxes, and notes for people."""
+    # The Predictor reads its images with this module.
+    from samlora.inference.boxes import BoxFile, BoxSegmenter, ReferenceBoxes
+    from samlora.inference.predictor import Predictor
+
+    if config.boxes is not None:
+        boxes = BoxFile(Path(config.boxes), pairs)
+    else:
+        boxes = ReferenceBoxes(Path(config.boxes_from), pairs, config.box_jitter, config.seed, config.propagate)
+    adapter, base, notes = None, config.ckpt or "default", []
+    if config.adapter:
+        adapter = config.adapter[0]
+    elif config.ckpt is None:
+        base = default_base()
+        if base.name == BASES["vit_ti"].file:
+            notes.append(BASES["vit_ti"].note)
+    recipe = None if config.recipe is None else Recipe.load(config.recipe)
+    predictor = Predictor.load(adapter, base, recipe, device, precision)
+    if not predictor.row.promptable:
+        raise InputError(f"{adapter}: its system, {predictor.model.spec.system}, takes no prompts; leave the boxes out")
+    without = [pair.name for pair in pairs if pair not in boxes]
+    if without:
+        notes.append(f"no boxes, so left out: {few(without)}")
+    return BoxSegmenter(predictor, boxes, config.propagate), [pair for pair in pairs if pair in boxes], notes
 
 
 @dataclasses.dataclass
@@ -213,48 +297,30 @@ class _Job:
             )
 
 
-def _predict_one(
-    job: _Job,
-    model: nn.Module,
-    recipe: Recipe,
-    postprocess: Postprocess | None,
-    precision: torch.dtype,
-    names: dict[int, str],
-    number: int,
-    count: int,
-) -> str:
+def _predict_one(job: _Job, segmenter: Segmenter, postprocess: Postprocess | None, number: int, count: int) -> str:
     """Segments one input, writes everything, and says in one line what was found."""
     from tqdm import tqdm
 
     began = time.perf_counter()
-    path = job.pair.images[0]
-    case = as_case(path if str(path).endswith(".npy.h5") else read_image(job.pair, job.config.series), recipe)
+    case = segmenter.read(job.pair, job.config.series)
     title = f"{number + 1}/{count} {job.pair.name}"
-    with tqdm(total=len(case.image), desc=title, unit="slice", leave=False, dynamic_ncols=True, disable=None) as bar:
-        labels = predict_volume(
-            model,
-            case,
-            recipe,
-            batch_size=job.config.batch_size,
-            precision=precision,
-            postprocess=postprocess,
-            progress=bar.update,
-        )
+    total = segmenter.steps(case)
+    with tqdm(total=total, desc=title, unit="slice", leave=False, dynamic_ncols=True, disable=None) as bar:
+        stack, names = segmenter.labels(job.pair, case, bar.update)
+    if postprocess is not None:
+        stack = postprocess(stack, case.spacing)
+    labels = case_to_volume(case, stack)
     job.record.unlink(missing_ok=True)
-    palette = [tuple(round(255 * c) for c in class_colour(label)) for label in names]
-    for file in job.files():
-        if file.suffix == ".dcm":
-            write_dicom_seg(labels, path, file, list(names.values()), series=job.config.series)
-        else:
-            write_volume(labels, file, palette=palette)
-    _draw(job, case, recipe.to_slices(labels) if case.geometry else labels.array.transpose(2, 1, 0), names)
+    _write(job, labels, names)
+    _draw(job, case, stack, names)
     seconds = time.perf_counter() - began
     unit, size = ("ml", np.prod(labels.spacing) / 1000) if labels.has_spacing else ("pixels", 1)
-    counts = np.bincount(labels.array.ravel(), minlength=len(names) + 1)
+    counts = np.bincount(labels.array.ravel(), minlength=max(names, default=0) + 1)
     found = {name: float(counts[label] * size) for label, name in names.items()}
     record = {
         **job.stamp(),
         "files": [str(file.relative_to(job.out)) for file in job.files()],
+        "labels": {str(label): name for label, name in names.items()},
         "unit": unit,
         "found": found,
     }
@@ -264,12 +330,25 @@ def _predict_one(
     return f"{job.pair.name}: {len(case.image)} slices in {seconds:.1f} s: {listed or 'nothing found'}"
 
 
+def _write(job: _Job, labels: Volume, names: dict[int, str]) -> None:
+    """Writes the label map in every format that is wanted."""
+    colours = [class_colour(label) for label in range(1, max(names, default=0) + 1)]
+    palette = [tuple(round(255 * part) for part in colour) for colour in colours]
+    for file in job.files():
+        if file.suffix != ".dcm":
+            write_volume(labels, file, palette=palette)
+            continue
+        # The segments of a DICOM SEG are numbered without gaps; a label map may have some.
+        segments = np.zeros(max(names, default=0) + 1, np.uint8)
+        segments[list(names)] = range(1, len(names) + 1)
+        numbered = dataclasses.replace(labels, array=segments[labels.array])
+        write_dicom_seg(numbered, job.pair.images[0], file, list(names.values()), series=job.config.series)
+
+
 def _draw(job: _Job, case: Case, labels: np.ndarray, names: dict[int, str]) -> None:
     if job.config.overlay == "none":
         return
-    image, box = to_show(case.image), case.geometry.box if case.geometry else None
-    if box is not None:
-        labels = labels[:, box[0] : box[1], box[2] : box[3]]
+    image = to_show(case.image)
     picture = job.out / "overlays" / f"{job.pair.name}.{job.config.overlay}"
     if job.config.overlay == "gif":
         animation(image, labels, picture, names, **case.display)
@@ -285,21 +364,19 @@ def _load(config: PredictConfig) -> nn.Module:
     return Averaged(models, config.tta).eval() if config.tta or len(models) > 1 else models[0]
 
 
-def _made_by(config: PredictConfig, recipe: Recipe) -> dict:
-    """What decides a result beside its input. A change of it makes results anew."""
+def _options(config: PredictConfig) -> dict:
+    """What decides all results beside their inputs and what `Segmenter.made_by` gives. A change makes results anew."""
     adapters = [hashlib.sha256(Path(adapter).read_bytes()).hexdigest() for adapter in config.adapter]
     options = {name: getattr(config, name) for name in ("tta", "series", "precision", "format", "overlay")}
     options["postprocess"] = list(config.postprocess)
-    return {"adapters": adapters, "recipe": recipe.to_dict(), "options": options}
+    return {"adapters": adapters, "options": options}
 
 
-def _heading(config: PredictConfig, spec: Spec, recipe: Recipe, count: int, device: str, precision: str) -> str:
+def _heading(config: PredictConfig, spec: Spec, recipe: Recipe) -> str:
     models = "" if len(config.adapter) == 1 else f", mean of {len(config.adapter)} adapters"
     flips = ", mean of 4 flips" if config.tta else ""
     base = f"{spec.system} on {spec.variant}, base {spec.base}, {spec.image_size} px{models}{flips}"
-    return (
-        f"{base}; recipe {recipe.name}, {len(spec.class_names)} classes; {count} inputs, device {device}, {precision}"
-    )
+    return f"{base}; recipe {recipe.name}, {len(spec.class_names)} classes"
 
 
 def _strategy(config: PredictConfig) -> str:

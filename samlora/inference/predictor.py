@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from samlora.inference.predict import as_case, fitting_recipe
 from samlora.inference.prompted import encode_slices
 from samlora.inference.propagate import Carried, StopRule, propagate
 from samlora.model import checkpoint
-from samlora.model.bases import DEMO_FILE, find_base
+from samlora.model.bases import ALL_PROMPTS, BASES, base_name, default_base, known_base
 from samlora.model.build import build_model, load_model
 from samlora.model.lora import merge
 from samlora.model.methods import system_row, trained_names
@@ -98,11 +99,13 @@ class Predictor:
         untouched = not any(name.startswith(decoder) for name in trained)
         # A decoder that was trained without its IoU head, or the heads of the three masks, left these behind.
         self.knows_score = untouched or any(name.startswith(f"{decoder}iou_prediction_head") for name in trained)
-        # The demo base has learned single masks from points and boxes only: a mask prompt spoils its answers, and its
-        # three masks mean nothing.
-        self.takes_masks = model.spec.base != DEMO_FILE
+        # Of a base that has not learned them a mask prompt spoils the answer, and its three masks mean nothing.
+        known = known_base(model.spec.base)
+        learned = ALL_PROMPTS if known is None else known.prompts
+        self.takes_masks = "masks" in learned
+        self.carries_masks = "carried masks" in learned
         three = untouched or any(name.startswith(f"{decoder}output_hypernetworks_mlps.1") for name in trained)
-        self.knows_three = three and self.takes_masks
+        self.knows_three = three and "three" in learned
         self._cache: OrderedDict[int, Tensor] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._case: Case | None = None
@@ -121,13 +124,17 @@ class Predictor:
     ) -> "Predictor":
         """A predictor for an adapter file, its LoRA merged, or without one for SAM as it is.
 
-        base: the base's file; "default" for its usual place. image_size: None for the adapter's own; without an adapter
-        the one that SAM was trained at, 1024 (vit_ti: 256). Raises what `load_model` and `build_model` raise.
+        base: the base's file; "default" for the usual place of the adapter's, and without an adapter for LiteMedSAM,
+        or the demo base where LiteMedSAM is not installed, with a warning. image_size: None for the adapter's own;
+        without an adapter the one that the base was trained at, 1024 px for SAM's and 256 px for LiteMedSAM. Raises
+        what `load_model` and `build_model` raise.
         """
         if adapter is not None:
             return cls(merge(load_model(adapter, base, image_size)), recipe, device, precision)
         if base is None or base == "default":
-            base = find_base(system_row("sam").variant)
+            base = default_base()
+            if base_name(base) == "vit_ti":
+                warnings.warn(BASES["vit_ti"].note, stacklevel=2)
         opened = checkpoint.open_base(base)
         size = image_size or VARIANTS[opened.variant].image_size
         return cls(build_model("sam", opened, image_size=size), recipe, device, precision)
@@ -144,12 +151,35 @@ class Predictor:
         """
         self._case = None
         self._cache.clear()
-        case = self._as_case(image)
+        case = self.to_case(image)
         height, width = case.image.shape[1:3]
         through = None if self.recipe is None else self.recipe.size
         self._frame = Frame(height, width, self.model.image_size, self.model.pixels, through, self.model.logit_side)
         self._case, self.labels = case, np.zeros(case.image.shape[:3], np.uint8)
         return self.select(len(case.image) // 2 if index is None else index)
+
+    def to_case(self, image: np.ndarray | str | os.PathLike | Volume | Case) -> Case:
+        """The slices that `set_image` takes of an image. Raises what it raises."""
+        if isinstance(image, Case):
+            return image
+        if isinstance(image, np.ndarray):
+            _check_picture(image)
+            if self.recipe is None or self.recipe.modality != "image":
+                return Case(image[None])
+            array = np.swapaxes(image, 0, 1)[:, :, None]
+            return self.recipe.to_case(Volume(array, PICTURE_AFFINE.copy(), path="the image", has_spacing=False))
+        if self.recipe is not None:
+            return as_case(image, self.recipe)
+        if not isinstance(image, Volume):
+            if str(image).endswith(".npy.h5"):
+                raise InputError(f"{image}: prepared slices need the recipe that made them; give it as recipe")
+            image = read_volume(Path(image))
+        recipe = usual_recipe(image)
+        case = recipe.to_case(image)
+        if image.array.dtype == np.uint8 and recipe.modality == "image":
+            # Eight bits stay eight bits, so that Pillow scales them as in SAM's own predictor.
+            case.image = np.rint(case.image * 255).astype(np.uint8)
+        return case
 
     def select(self, index: int) -> "Predictor":
         """Goes to slice `index` of the volume, from 0, and encodes it; the clicks of the slice before are forgotten."""
@@ -323,6 +353,10 @@ class Predictor:
         """A mask (H, W) as logits (L, L) that `predict` takes: what it would be if the model were sure of it."""
         return np.where(self._frame.label(np.asarray(mask, bool)), _SURE, -_SURE).astype(np.float32)
 
+    def on_image(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (..., L, L) of an answer on the pixels of the image: (..., H, W) float32, above 0 in its masks."""
+        return self._frame.logits(torch.from_numpy(logits)).numpy()
+
     # --- within ----------------------------------------------------------------------------------------------------
 
     def _ask(self, points: tuple, box: tuple | None, logits: np.ndarray | None) -> np.ndarray:
@@ -359,28 +393,6 @@ class Predictor:
         with torch.autocast(self.device.type, self.precision, enabled=half):
             found = encode_slices(self.model, self.case.image, [index], self._frame, with_neighbours)
         return {n: embedding[None].to(self.precision) for n, embedding in found.items()}
-
-    def _as_case(self, image: np.ndarray | str | os.PathLike | Volume | Case) -> Case:
-        if isinstance(image, Case):
-            return image
-        if isinstance(image, np.ndarray):
-            _check_picture(image)
-            if self.recipe is None or self.recipe.modality != "image":
-                return Case(image[None])
-            array = np.swapaxes(image, 0, 1)[:, :, None]
-            return self.recipe.to_case(Volume(array, PICTURE_AFFINE.copy(), path="the image", has_spacing=False))
-        if self.recipe is not None:
-            return as_case(image, self.recipe)
-        if not isinstance(image, Volume):
-            if str(image).endswith(".npy.h5"):
-                raise InputError(f"{image}: prepared slices need the recipe that made them; give it as recipe")
-            image = read_volume(Path(image))
-        recipe = usual_recipe(image)
-        case = recipe.to_case(image)
-        if image.array.dtype == np.uint8 and recipe.modality == "image":
-            # Eight bits stay eight bits, so that Pillow scales them as in SAM's own predictor.
-            case.image = np.rint(case.image * 255).astype(np.uint8)
-        return case
 
 
 def _check_picture(image: np.ndarray) -> None:

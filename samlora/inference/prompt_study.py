@@ -28,8 +28,10 @@ class PromptStudyConfig:
     """All of a study but its data. What the adapter file knows need not be given."""
 
     output: str | None = option(None, "folder for the tables and the curve")
-    adapter: str | None = option(None, "the adapter to measure (default: none, SAM as it is)")
-    ckpt: str | None = option(None, "base weights (default: checkpoints/ file of the adapter's variant, else vit_b)")
+    adapter: str | None = option(None, "the adapter to measure (default: none, the base as it is)")
+    ckpt: str | None = option(
+        None, "base weights (default: those of the adapter's variant; without an adapter LiteMedSAM)"
+    )
     list_dir: str | None = option(None, "folder with test_vol.txt, the cases to measure; without it all of them")
     clicks: tuple[int, ...] = option((1, 2, 3, 5, 10), "after how many clicks (default: 1 2 3 5 10)")
     boxes: tuple[int, ...] = option(
@@ -41,8 +43,8 @@ class PromptStudyConfig:
     max_slices: int | None = option(None, "slices of a case, spread evenly over those that show a class (default: all)")
     mask_prompt: bool | None = option(
         None,
-        "give the answer before to the model with the next click, as SAM was trained (default: yes, but for the "
-        "demo base, which has not learned it)",
+        "give the answer before to the model with the next click, as SAM was trained (default: yes, but for bases "
+        "that have not learned it: the demo base, MedSAM)",
     )
     image_size: int | None = option(None, "side of the model's input (default: the adapter's own, or the base's)")
     device: str = option("auto", "auto takes a GPU if there is one", ("auto", "cpu", "cuda", "mps"))
@@ -83,6 +85,7 @@ def evaluate_prompts(data: str | Path, config: PromptStudyConfig) -> dict:
     from samlora.data.dataset import find_volumes
     from samlora.device import device_name
     from samlora.journal import Journal
+    from samlora.model.bases import known_base
 
     if not Path(data).is_dir():
         raise MissingFileError(f"{data}: there is no such folder; make it with: samlora prepare SRC -o {data}")
@@ -92,6 +95,9 @@ def evaluate_prompts(data: str | Path, config: PromptStudyConfig) -> dict:
     journal = Journal(out, f"--output {out}")
     who = config.adapter or "no adapter"
     journal.say(f"{spec.system} on {spec.variant}, base {spec.base}, {spec.image_size} px: {who}")
+    known = known_base(spec.base)
+    if config.adapter is None and known is not None and known.note:
+        journal.say(known.note)
     goes_on = _goes_on(predictor, config)
     journal.say(
         f"{len(paths)} volumes in {data}, device {device_name(predictor.device)}; the answer before "
@@ -242,8 +248,9 @@ def _predictor(first: Path, config: PromptStudyConfig) -> tuple["Predictor", dic
     """The model, with the recipe of its slices, and the names of the classes."""
     from samlora.data.recipe import Recipe
     from samlora.data.volume import read_case
-    from samlora.device import DTYPES, pick_device, pick_precision
+    from samlora.device import DTYPES, exact_float32, pick_device, pick_precision
     from samlora.inference.predictor import Predictor
+    from samlora.model.bases import default_base
     from samlora.model.checkpoint import read_adapter
     from samlora.model.methods import system_row
 
@@ -254,9 +261,11 @@ def _predictor(first: Path, config: PromptStudyConfig) -> tuple["Predictor", dic
     recipe = None if stored is None else Recipe.from_dict(stored, str(first))
     own = spec is not None and spec.recipe is not None
     device = pick_device(config.device)
+    exact_float32()
     precision = DTYPES[pick_precision(config.precision, device)]
+    usual = default_base() if config.adapter is None else "default"
     predictor = Predictor.load(
-        config.adapter, config.ckpt or "default", None if own else recipe, device, precision, config.image_size
+        config.adapter, config.ckpt or usual, None if own else recipe, device, precision, config.image_size
     )
     classes = recipe.classes if spec is None and recipe is not None else predictor.model.spec.class_names
     return predictor, {} if spec is None and recipe is None else dict(enumerate(classes, start=1))

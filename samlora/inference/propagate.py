@@ -17,7 +17,7 @@ class Answers(Sized, Protocol):
     """What is needed of a `samlora.Predictor`, which offers `propagate` as a method."""
 
     knows_score: bool
-    takes_masks: bool
+    carries_masks: bool
 
     def predict(self, points=None, labels=None, box=None, mask=None, multimask=False, index: int | None = None): ...
 
@@ -32,6 +32,13 @@ class Carried(NamedTuple):
     index: int
     mask: np.ndarray
     score: float
+
+
+class Step(NamedTuple):
+    """What was carried to a slice, and the logits (L, L) float32 that its mask was made of."""
+
+    carried: Carried
+    logits: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +85,32 @@ def propagate(
     mask before are kept. steps: how many slices each way, or "all"; `stop` (None: its defaults) ends a way earlier.
     direction: "up" for growing index, then "down", or "both". Raises InputError for an empty mask or another word.
     """
+    for step in carry(predictor, index, mask, steps, direction, stop, widen):
+        yield step.carried
+
+
+def carry(
+    predictor: Answers,
+    index: int,
+    mask: np.ndarray,
+    steps: int | str = "all",
+    direction: str = "both",
+    stop: StopRule | None = None,
+    widen: float = 0.1,
+) -> Iterator[Step]:
+    """As `propagate`, which takes the same; with the logits of every mask."""
     if direction not in DIRECTIONS:
         raise InputError(f"direction {direction!r} is unknown; allowed: {', '.join(DIRECTIONS)}")
     if steps != "all" and not (isinstance(steps, int) and steps >= 0):
         raise InputError(f'steps {steps!r}: a number of slices, or "all", is needed')
     stop = StopRule() if stop is None else stop
     box, sure = _widened(mask, widen), predictor.as_prompt(mask)
-    plain, guided = (predictor.predict(box=box, mask=given, index=index) for given in (None, sure))
-    guide = predictor.takes_masks and _common(guided.masks[0], mask) > _common(plain.masks[0], mask)
-    usual = float((guided if guide else plain).scores[0])
+    first, guide = predictor.predict(box=box, index=index), False
+    if predictor.carries_masks:
+        guided = predictor.predict(box=box, mask=sure, index=index)
+        guide = _common(guided.masks[0], mask) > _common(first.masks[0], mask)
+        first = guided if guide else first
+    usual = float(first.scores[0])
     object_gray = predictor.gray(index)[mask]
     mean, spread = float(object_gray.mean()), max(float(object_gray.std()), _LEAST_SPREAD)
     for way in DIRECTIONS[direction]:
@@ -99,7 +123,7 @@ def propagate(
             shift = abs(float(predictor.gray(there)[after].mean()) - mean) / spread if after.any() else 0.0
             if stop.ends(before, after, share, shift):
                 break
-            yield Carried(there, after, score)
+            yield Step(Carried(there, after, score), answer.logits[0])
             before, logits = after, answer.logits[0]
 
 

@@ -11,7 +11,7 @@ from samlora.data.dataset import find_volumes
 from samlora.data.grid import Case, case_to_volume, to_show
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_case, write_volume
-from samlora.device import DTYPES, device_name, pick_device, pick_precision
+from samlora.device import DTYPES, device_name, exact_float32, pick_device, pick_precision
 from samlora.errors import InputError
 from samlora.evaluation.frames import Worst, case_mean, draw_frames
 from samlora.evaluation.metrics import POLICIES, evaluate_case, summarise
@@ -50,6 +50,7 @@ def test(config: TestConfig) -> dict[str, dict]:
     if config.lora_ckpt is None:
         raise InputError("--lora_ckpt is missing; give the adapter that train.py printed at its end")
     device = pick_device(config.device)
+    exact_float32()
     precision = pick_precision(config.precision, device)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = not config.deterministic

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ import torch
 from samlora.errors import InputError
 from samlora.model import checkpoint
 from samlora.model.baselines import build_baseline, check_baseline
-from samlora.model.bases import find_base
+from samlora.model.bases import base_name, find_base
 from samlora.model.checkpoint import Base, Spec
+from samlora.model.decoder import build_decoder
 from samlora.model.lora import LoRAOptions, inject_decoder, inject_encoder, translate_adapter
 from samlora.model.methods import System, system_options, system_row, train_only, trained_names
-from samlora.model.sam import Sam, build_decoder, build_sam, usual_size
+from samlora.model.sam import Sam, build_sam, usual_size
 from samlora.model.stem import InputStem
 from samlora.model.tiny_vit import TinyEncoder, inject_tiny
 from samlora.model.variants import STOCK_MASKS, VARIANTS
@@ -77,7 +79,7 @@ def build_model(
         side = image_size if row.base_size is None else row.base_size(image_size)
         sam, base_name, digest, base_pixels = _base(base, variant, row, side, num_masks)
         sam.pixels = pixels or used_pixels(row, base_pixels)
-        layers = _equip(sam, row, num_classes, rank, lora_layers, in_channels, chosen)
+        layers = _equip(sam, system, row, num_classes, rank, lora_layers, in_channels, chosen)
     names_trained = trained_names(sam, system, chosen)
     train_only(sam, names_trained)
     if isinstance(base, Base):
@@ -134,6 +136,7 @@ def _network_size(row: System) -> int:
 
 def _equip(
     sam: Sam,
+    system: str,
     row: System,
     num_classes: int,
     rank: int,
@@ -147,6 +150,12 @@ def _equip(
     if row.prompts == "both":
         _add_class_decoder(sam, num_classes + 1)
     if row.insert is not None:
+        if isinstance(sam.image_encoder, TinyEncoder):
+            plain = ", ".join(name for name, variant in VARIANTS.items() if not variant.tiny)
+            raise InputError(
+                f"variant {sam.variant}: the system {system} changes the blocks of a plain ViT, and this is a TinyViT; "
+                f"give one of {plain}"
+            )
         row.insert(sam, **options)
     if not row.lora:
         return ()
@@ -227,6 +236,8 @@ def load_model(
         if spec is None:
             return _load_foreign(tensors, adapter, base, image_size).eval()
         without_file = spec.base == "none" or spec.base.startswith("random:")
+        if base == "default" and not without_file:
+            base = find_base(base_name(Path(spec.base)) or spec.variant)
         if without_file and base != "default":
             raise InputError(f"{adapter}: began with random weights ({spec.base}), not with {base}; leave the base out")
         model = build_model(

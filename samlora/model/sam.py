@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import MaskDecoder as StockMaskDecoder
-from segment_anything.modeling import PromptEncoder, TwoWayTransformer
-from segment_anything.modeling.common import LayerNorm2d, MLPBlock
+from segment_anything.modeling import PromptEncoder
+from segment_anything.modeling.common import MLPBlock
 from segment_anything.modeling.image_encoder import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from samlora.errors import InputError
+from samlora.model.decoder import MaskDecoder, build_decoder
+from samlora.model.norms import LayerNorm2d
 from samlora.model.tiny_vit import TinyEncoder
 from samlora.model.variants import EMBED, STOCK_MASKS, VARIANTS, WINDOW, Variant, check_size
 from samlora.pixels import Pixels
@@ -51,6 +52,18 @@ class Prompts:
         image_index: Tensor | None = None,
     ):
         self.points, self.labels, self.boxes, self.masks, self.image_index = points, labels, boxes, masks, image_index
+
+
+class Activations:
+    """What an image encoder had computed at the entry of one of its steps, for images that were encoded before.
+
+    values: (B, ...), the input of step `step` of `image_encoder.steps`; the embeddings where that is their number.
+
+    No dataclass, for the reason that `Prompts` states.
+    """
+
+    def __init__(self, values: Tensor, step: int):
+        self.values, self.step = values, step
 
 
 class Answer(NamedTuple):
@@ -211,44 +224,33 @@ class ImageEncoder(nn.Module):
             LayerNorm2d(EMBED),
         )
 
+    @property
+    def steps(self) -> list[nn.Module]:
+        """The modules between the patch embedding and the neck, in the order in which they run."""
+        return list(self.blocks)
+
     def forward(self, images: Tensor) -> Tensor:
+        return self.forward_from(self.forward_to(images, 0), 0)
+
+    def forward_to(self, images: Tensor, step: int) -> Tensor:
+        """The input of step `step`, (B, S/16, S/16, C); the embeddings where that is the number of steps."""
+        if step == len(self.steps):
+            return self(images)
         x = self.patch_embed(images) + self.pos_embed
-        for block in self.blocks:
+        for module in self.steps[:step]:
+            x = module(x)
+        return x
+
+    def forward_from(self, x: Tensor, step: int) -> Tensor:
+        """The embeddings, from what `forward_to` gives for the same step."""
+        if step == len(self.steps):
+            return x
+        for module in self.steps[step:]:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(module, x, use_reentrant=False)
             else:
-                x = block(x)
+                x = module(x)
         return self.neck(x.permute(0, 3, 1, 2))
-
-
-class MaskDecoder(StockMaskDecoder):
-    """SAM's mask decoder for prompts of many images at once; returns every mask token's mask."""
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        image_pe: Tensor,
-        sparse: Tensor,
-        dense: Tensor,
-        image_index: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Predicts one mask per mask token for each of P prompts.
-
-        embeddings: (B, 256, h, w). image_pe: (1, 256, h, w). sparse: (P, N, 256). dense: (P, 256, h, w).
-        image_index: (P,) int64, the image of each prompt; None when prompt i belongs to image i.
-        Returns masks (P, M, 4h, 4w) and predicted IoU (P, M).
-        """
-        count = sparse.shape[0]
-        source = embeddings if image_index is None else embeddings[image_index]
-        _, channels, height, width = source.shape
-        tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(count, -1, -1)
-        tokens = torch.cat([tokens, sparse], dim=1)
-        tokens, source = self.transformer(source + dense, image_pe.expand(count, -1, -1, -1), tokens)
-        pixels = self.output_upscaling(source.transpose(1, 2).reshape(count, channels, height, width))
-        mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens].unbind(1)
-        weights = torch.stack([mlp(t) for mlp, t in zip(self.output_hypernetworks_mlps, mask_tokens)], dim=1)
-        masks = (weights @ pixels.flatten(2)).unflatten(2, pixels.shape[2:])
-        return masks, self.iou_prediction_head(tokens[:, 0])
 
 
 class Sam(nn.Module):
@@ -293,9 +295,10 @@ class Sam(nn.Module):
         """Side L of the logits and of mask prompts, in pixels: 4 S/stride, or what the system has instead."""
         return self.prompt_encoder.mask_input_size[0]
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, step: int | None = None) -> Tensor:
         """Image embeddings (B, 256, S/stride, S/stride) of images (B, channels, S, S) in 0..1.
 
+        step: return the input of this step of `image_encoder.steps` instead, as `Activations` holds it.
         Raises InputError for images of another size.
         """
         side, channels = self.image_size, 3 if self.input_stem is None else self.input_stem.in_channels
@@ -310,7 +313,7 @@ class Sam(nn.Module):
         if self.pixels.values == "sam":
             mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
             images = (images * 255 - mean) / std
-        return self.image_encoder(images)
+        return self.image_encoder(images) if step is None else self.image_encoder.forward_to(images, step)
 
     def decode(
         self,
@@ -361,30 +364,25 @@ class Sam(nn.Module):
         self,
         images: Tensor | None,
         prompts: Prompts | None = None,
-        embeddings: Tensor | None = None,
+        embeddings: Tensor | Activations | None = None,
         details: bool = False,
     ) -> Tensor | Answer:
         """Low-resolution logits of a batch.
 
-        images: (B, 3, S, S) in 0..1, or as many channels as the input stem takes; None where their `embeddings` are
-        given. Without prompts every mask token's mask: (B, num_masks, L, L). With prompts one mask per prompt
-        (mask token 0, SAM's single-mask output): (P, 1, L, L). details: an `Answer` instead, with everything a
-        system that answers with and without prompts has. Raises InputError for images of another size.
+        images: (B, 3, S, S) in 0..1, or as many channels as the input stem takes; None where their `embeddings`, or
+        what the encoder had computed on the way to them, are given. Without prompts every mask token's mask:
+        (B, num_masks, L, L). With prompts one mask per prompt (mask token 0, SAM's single-mask output): (P, 1, L, L).
+        details: an `Answer` instead, with everything a system that answers with and without prompts has.
+        Raises InputError for images of another size.
         """
-        embeddings = self.encode(images) if embeddings is None else embeddings
+        if embeddings is None:
+            embeddings = self.encode(images)
+        elif isinstance(embeddings, Activations):
+            embeddings = self.image_encoder.forward_from(embeddings.values, embeddings.step)
         if details:
             return self.answer(embeddings, prompts, classes=prompts is None or self.prompt_decoder is not None)
         answer = self.answer(embeddings, prompts, classes=prompts is None)
         return answer.classes if prompts is None else answer.masks[:, :1]
-
-
-def build_decoder(num_masks: int) -> MaskDecoder:
-    """A mask decoder with random weights and `num_masks` mask tokens."""
-    return MaskDecoder(
-        num_multimask_outputs=num_masks - 1,
-        transformer=TwoWayTransformer(depth=2, embedding_dim=EMBED, mlp_dim=2048, num_heads=8),
-        transformer_dim=EMBED,
-    )
 
 
 def usual_size(variant: str) -> int:

@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 
 from samlora.errors import InputError, MissingFileError
-from samlora.files import foreign_content, whole
+from samlora.files import as_path, foreign_content, whole
+
+# Where training programs keep the weights in a checkpoint, and what they put before every name.
+WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict")
+PREFIXES = ("module.", "sam.")
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a `.safetensors` file, or of a `.pth`/`.pt` file read with weights_only.
+    """Tensors and metadata of a safetensors file, or of one of PyTorch read with weights_only, whatever its ending.
 
+    Of a checkpoint that keeps its tensors under a key of WRAPPERS, or under names with PREFIXES, these tensors.
     Raises MissingFileError when there is no such file, InputError when it cannot be read as plain tensors.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         is_folder = path.is_dir()
         missing = f"{path}: is a folder; give the file of weights in it" if is_folder else f"no weights at {path}"
@@ -39,6 +44,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
                 tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds of errors on broken files
         raise InputError(f"{path}: {_why_unreadable(error, path)}") from None
+    tensors = _unwrapped(tensors)
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"{path}: holds something else than named tensors; give a file of weights")
     check_finite(tensors, path)
@@ -56,6 +62,20 @@ def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None
                 f"{path}: {name} is not finite (NaN or infinite values); its training has diverged: "
                 "take an earlier file of that training, or train again with a lower learning rate"
             )
+
+
+def _unwrapped(content: object) -> object:
+    """What a checkpoint holds under a key of WRAPPERS, else the content itself; names without PREFIXES."""
+    if not isinstance(content, dict):
+        return content
+    for key in WRAPPERS:
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    for prefix in PREFIXES:
+        if content and all(str(name).startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    return content
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

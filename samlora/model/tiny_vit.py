@@ -3,8 +3,8 @@
 The key names are MobileSAM's, so that the published files load untouched. What belongs to ImageNet's classes
 (`norm_head`, `head`) is in MobileSAM's file and not in LiteMedSAM's; nothing uses it.
 
-All features are kept as (B, H, W, C). A convolution sees them as a channels-last image, and a 1x1 convolution is a
-Linear, so that no layer has to copy them into another layout.
+All features are kept as (B, H, W, C), contiguous. A convolution sees them as a channels-last image, so that no layer
+has to copy them into another layout.
 """
 
 from collections import OrderedDict
@@ -12,11 +12,11 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from samlora.model.lora import LoRAOptions, inject_blocks
+from samlora.model.norms import LayerNorm2d
 from samlora.model.variants import EMBED, Variant
 
 IMAGENET_CLASSES = 1000
@@ -48,8 +48,6 @@ class ConvNorm(nn.Sequential):
         scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
         weight = convolution.weight * scale[:, None, None, None]
         bias = bn.bias - bn.running_mean * scale
-        if convolution.kernel_size == (1, 1):
-            return F.linear(x, weight.flatten(1), bias)
         x = x.permute(0, 3, 1, 2)
         x = F.conv2d(x, weight, bias, convolution.stride, convolution.padding, groups=convolution.groups)
         return x.permute(0, 2, 3, 1)
@@ -66,7 +64,7 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.seq(images.permute(0, 2, 3, 1))
+        return self.seq(images.permute(0, 2, 3, 1).contiguous())
 
 
 class MBConv(nn.Module):
@@ -119,23 +117,19 @@ class WindowAttention(nn.Module):
         batch, height, width, channels = x.shape
         window = self.window
         rows, cols = -(-height // window), -(-width // window)
-        padded = (rows * window, cols * window)
-        qkv = self.qkv(self.norm(x))
-        if padded != (height, width):
-            # The layer norm of a zero is its bias: one value for all padded tokens, computed once.
-            fill = self.qkv(self.norm(x.new_zeros(channels))).to(qkv.dtype)
-            filled = fill.expand(batch, *padded, -1).clone()
-            filled[:, :height, :width] = qkv
-            qkv = filled
+        # One copy puts the windows behind one another; q, k and v are then views that the kernels take as they are.
+        padded = F.pad(x, (0, 0, 0, cols * window - width, 0, rows * window - height))
+        windows = padded.view(batch, rows, window, cols, window, channels).transpose(2, 3)
+        windows = windows.reshape(-1, window * window, channels)
         # Ordered by head: q, k and v of the first head, then of the second.
-        qkv = qkv.view(batch, rows, window, cols, window, self.num_heads, 3, -1)
-        qkv = qkv.permute(6, 0, 1, 3, 5, 2, 4, 7)
-        q, k, v = qkv.reshape(3, -1, self.num_heads, window * window, channels // self.num_heads).unbind(0)
-        bias = self.attention_biases[:, self.bias_index].to(q.dtype)
+        qkv = self.qkv(self.norm(windows)).view(*windows.shape[:2], self.num_heads, 3, -1)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)
+        # With a mask of less than four dimensions PyTorch computes the attention step by step on a CPU.
+        bias = self.attention_biases[:, self.bias_index].to(q.dtype)[None]
         out = F.scaled_dot_product_attention(q, k, v, bias)
-        out = out.view(batch, rows, cols, self.num_heads, window, window, -1).permute(0, 1, 4, 2, 5, 3, 6)
-        out = out.reshape(batch, *padded, channels)[:, :height, :width]
-        return self.proj(out)
+        out = self.proj(out.transpose(1, 2).reshape(windows.shape))
+        out = out.view(batch, rows, cols, window, window, channels).transpose(2, 3)
+        return out.reshape(batch, rows * window, cols * window, channels)[:, :height, :width]
 
 
 class Mlp(nn.Module):
@@ -208,14 +202,35 @@ class TinyEncoder(nn.Module):
         """The ten blocks with attention, first to last."""
         return [block for layer in self.layers[1:] for block in layer.blocks]
 
-    def forward(self, images: Tensor) -> Tensor:
-        keep_inputs = self.checkpointing and torch.is_grad_enabled()
-        x = self.patch_embed(images)
+    @property
+    def steps(self) -> list[nn.Module]:
+        """The modules between the patch embedding and the neck, in the order in which they run."""
+        steps: list[nn.Module] = []
         for layer in self.layers:
-            for block in layer.blocks:
-                x = checkpoint(block, x, use_reentrant=False) if keep_inputs else block(x)
+            steps += layer.blocks
             if layer.downsample is not None:
-                x = layer.downsample(x)
+                steps.append(layer.downsample)
+        return steps
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_from(self.forward_to(images, 0), 0)
+
+    def forward_to(self, images: Tensor, step: int) -> Tensor:
+        """The input of step `step`, (B, h, w, C); the embeddings where that is the number of steps."""
+        if step == len(self.steps):
+            return self(images)
+        x = self.patch_embed(images)
+        for module in self.steps[:step]:
+            x = module(x)
+        return x
+
+    def forward_from(self, x: Tensor, step: int) -> Tensor:
+        """The embeddings, from what `forward_to` gives for the same step."""
+        if step == len(self.steps):
+            return x
+        keep_inputs = self.checkpointing and torch.is_grad_enabled()
+        for module in self.steps[step:]:
+            x = checkpoint(module, x, use_reentrant=False) if keep_inputs else module(x)
         return self.neck(x.permute(0, 3, 1, 2))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from samlora.errors import InputError
+from samlora.model.variants import VARIANTS
 from samlora.options import option
 from samlora.prompting import PROMPTS
 
@@ -35,7 +36,7 @@ class TrainConfig:
     )
     deterministic: int = option(1, "1: same seed, same result on the same machine; 0: let cuDNN choose")
     base_lr: float = option(0.005, "highest learning rate")
-    img_size: int | None = option(None, "side of the model's input (default 512; vit_ti 256)")
+    img_size: int | None = option(None, "side of the model's input (default 512; vit_ti, lite_medsam 256)")
     seed: int = option(1234, "seed of everything random")
     system: str | None = option(
         None,
@@ -46,8 +47,12 @@ class TrainConfig:
     module: str | None = option(
         None, "SAMed's name for the system: sam_lora_image_encoder or sam_lora_image_encoder_mask_decoder"
     )
-    vit_name: str | None = option(None, "vit_ti, vit_b, vit_l or vit_h (default: what --ckpt holds, else the system's)")
-    ckpt: str | None = option(None, "base weights (default: checkpoints/ file of vit_name), or random for none")
+    vit_name: str | None = option(
+        None, f"one of {', '.join(VARIANTS)} (default: what --ckpt holds, else the system's)"
+    )
+    ckpt: str | None = option(
+        None, "base weights (default: those of vit_name; samlora download lists them), or random for none"
+    )
     lora_ckpt: str | None = option(None, "adapter whose weights a new run starts from")
     rank: int = option(4, "rank of the LoRA pairs")
     lora_layers: tuple[int, ...] = option((), "encoder blocks that get LoRA, counted from 0 (default: all)")
@@ -97,8 +102,8 @@ class TrainConfig:
     augment: str = option("samed", "turns, flips and rotations as SAMed does, or none", ("samed", "none"))
     cache_embeddings: str | None = option(
         None,
-        "folder for the image embeddings of a system whose encoder is frozen: computed once, read in every epoch; "
-        "needs --augment none",
+        "folder for what the frozen part of the image encoder makes of the slices, up to its first block that "
+        "trains: computed once, read in every epoch; needs --augment none",
     )
     cache_samples: str | None = option(
         None, "folder to keep all slices in, decoded once: takes disk (1.3 MB a slice of 512 px), saves time"
@@ -162,7 +167,7 @@ class TrainConfig:
             raise InputError(f"--prompt_ratio {self.prompt_ratio} is not possible; give a weight between 0 and 1")
         if self.cache_embeddings and self.augment != "none":
             raise InputError(
-                f"--cache_embeddings {self.cache_embeddings}: an embedding is of one picture, and --augment "
+                f"--cache_embeddings {self.cache_embeddings}: what is kept is of one picture, and --augment "
                 f"{self.augment} shows another in every epoch; add --augment none"
             )
         if not 0 <= self.ema < 1:

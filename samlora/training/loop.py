@@ -65,6 +65,10 @@ def train(config: TrainConfig) -> Path:
     objective = make_objective(config, model)
     if objective.row.promptable and config.n_gpu > 1 and fabric.world_size == 1:
         raise InputError(f"--n_gpu {config.n_gpu}: prompts cannot be shared by GPUs of one process; add --strategy ddp")
+    if config.cache_embeddings and config.n_gpu > 1 and fabric.world_size == 1:
+        raise InputError(
+            f"--cache_embeddings {config.cache_embeddings}: cannot be shared by GPUs of one process; add --strategy ddp"
+        )
     run = open_run(config, model.spec, fabric)
     try:
         train_in(run, config, fabric, precision, data, model, objective)

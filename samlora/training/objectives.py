@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samlora.data.batch import make_batch
+from samlora.data.batch import make_batch, make_targets
 from samlora.data.dataset import Sample
 from samlora.data.patches import patch_batch
 from samlora.engine import sum_over_processes
@@ -16,7 +16,7 @@ from samlora.errors import InputError
 from samlora.inference.prompted import in_turn, least_sure
 from samlora.model.baselines import Baseline
 from samlora.model.methods import system_row
-from samlora.model.sam import Sam
+from samlora.model.sam import Activations, Sam
 from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.losses import dice_ce
@@ -55,24 +55,21 @@ class Objective:
         self.low, self.fill, self.pixels = model.logit_side, model.fill, model.spec.pixels
 
     def __call__(
-        self, model: Any, batch: Sequence[Sample], own: int, total: int | None, embeddings: Tensor | None = None
+        self, model: Any, batch: Sequence[Sample], own: int, total: int | None, kept: Activations | None = None
     ) -> Losses:
-        """The losses of a batch. model: as the engine wrapped it. embeddings: of the images, where they are known."""
+        """The losses of a batch. model: as the engine wrapped it. kept: what its encoder had computed of the images."""
         raise NotImplementedError
 
-    def _inputs(self, model: Any, batch: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        """Images (B, C, S, S) and classes (B, L, L)."""
+    def _inputs(
+        self, model: Any, batch: Sequence[Sample], kept: Activations | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Images (B, C, S, S), None where the encoder has seen them, and classes (B, L, L)."""
         images, labels = ([torch.from_numpy(getattr(s, kind)) for s in batch] for kind in ("image", "label"))
-        return make_batch(
-            images,
-            labels,
-            [s.transform for s in batch],
-            self.spec.image_size,
-            next(model.parameters()).device,
-            self.pixels,
-            self.fill,
-            self.low,
-        )
+        transforms, device = [s.transform for s in batch], next(model.parameters()).device
+        side = self.spec.image_size
+        if kept is not None:
+            return None, make_targets(labels, transforms, side, device, self.pixels, self.low)
+        return make_batch(images, labels, transforms, side, device, self.pixels, self.fill, self.low)
 
 
 class Classes(Objective):
@@ -80,9 +77,9 @@ class Classes(Objective):
 
     parts = ("loss_ce", "loss_dice")
 
-    def __call__(self, model, batch, own, total, embeddings=None):
-        images, labels = self._inputs(model, batch)
-        logits = model(images)
+    def __call__(self, model, batch, own, total, kept=None):
+        images, labels = self._inputs(model, batch, kept)
+        logits = model(images) if kept is None else model(None, embeddings=kept)
         loss, ce, dice = dice_ce(logits[:own], labels[:own], self.config.dice_param, total)
         return Losses(loss, {"loss_ce": ce, "loss_dice": dice}, _finite(logits))
 
@@ -90,7 +87,7 @@ class Classes(Objective):
 class Patches(Classes):
     """All classes of patches of volumes: the same loss over their voxels, at full resolution."""
 
-    def _inputs(self, model, batch):
+    def _inputs(self, model, batch, kept=None):
         return patch_batch(batch, next(model.parameters()).device)
 
 
@@ -109,24 +106,24 @@ class Masks(Objective):
         super().__init__(config, model, prompting)
         self._dice_loss = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")
 
-    def __call__(self, model, batch, own, total, embeddings=None):
-        images = self._inputs(model, batch)[0] if embeddings is None else None
-        objects = self._objects(model, batch, images, embeddings)
-        answer = model(images, objects.prompts, embeddings, details=True)
+    def __call__(self, model, batch, own, total, kept=None):
+        images = self._inputs(model, batch)[0] if kept is None else None
+        objects = self._objects(model, batch, images, kept)
+        answer = model(images, objects.prompts, kept, details=True)
         each = self._each(answer.masks[:, 0], answer.iou[:, 0], objects)
         means = _mean_of_masks(each, objects.counts(own), total)
         parts = dict(zip(self.parts, means))
         return Losses(self._sum(parts), parts, _finite_of(answer.masks, objects.prompts.image_index, len(batch)))
 
     def _objects(
-        self, model: Any, batch: Sequence[Sample], images: Tensor | None, embeddings: Tensor | None
+        self, model: Any, batch: Sequence[Sample], images: Tensor | None, kept: Activations | None
     ) -> Objects:
         """What the prompts of this batch ask for, on the model's device."""
         device, (asked, later) = next(model.parameters()).device, in_turn(self.prompting)
         objects = draw_objects(batch, asked, self.spec.image_size, self.pixels, self.config.seed, device, self.low)
         if later:
             with torch.no_grad():
-                masks = model(images, objects.prompts, embeddings, details=True).masks[:, 0]
+                masks = model(images, objects.prompts, kept, details=True).masks[:, 0]
             prompts = least_sure(objects.prompts, masks, objects.targets, objects.inside, later, self.spec.image_size)
             objects = replace(objects, prompts=prompts)
         return objects
@@ -172,10 +169,10 @@ class Joint(Masks):
 
     parts = ("loss_ce", "loss_dice", "loss_prompted")
 
-    def __call__(self, model, batch, own, total, embeddings=None):
-        images, labels = self._inputs(model, batch)
-        objects = self._objects(model, batch, images, None)
-        answer = model(images, objects.prompts, details=True)
+    def __call__(self, model, batch, own, total, kept=None):
+        images, labels = self._inputs(model, batch, kept)
+        objects = self._objects(model, batch, images, kept)
+        answer = model(images, objects.prompts, kept, details=True)
         loss, ce, dice = dice_ce(answer.classes[:own], labels[:own], self.config.dice_param, total)
         each = self._each(answer.masks[:, 0], answer.iou[:, 0], objects)
         prompted = sum(_mean_of_masks(each, objects.counts(own), total))

@@ -43,12 +43,15 @@ def make_fabric(config: TrainConfig):
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS sums in one order only with this
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each new tensor; none is read unset
     if config.tf32:
         torch.set_float32_matmul_precision("high")
     wanted = config.precision
     if config.use_amp:
         wanted = "bf16" if pick_device(config.device).type == "cpu" else "fp16"
-    return launch(config.device, wanted, config.n_gpu, config.num_nodes, config.strategy)
+    launched = launch(config.device, wanted, config.n_gpu, config.num_nodes, config.strategy)
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    return launched
 
 
 @dataclass
@@ -213,7 +216,8 @@ def make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) 
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.base_lr, momentum=0.9, weight_decay=decay)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    fused = device.type == "cuda"
+    # A fused step undoes fp16's loss scale by itself, so that Fabric cannot clip before it.
+    fused = device.type == "cuda" and not config.clip_norm
     return kind(parameters, lr=config.base_lr, betas=(0.9, 0.999), weight_decay=decay, fused=fused)
 
 

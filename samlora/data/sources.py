@@ -18,6 +18,7 @@ from samlora.data.folders import (
     few,
     is_dicom_folder,
     may_be_label,
+    not_read,
     visible,
 )
 from samlora.data.grid import Volume, count_values, match_grid
@@ -27,6 +28,7 @@ from samlora.data.pictures import PICTURES, is_lossy
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_label_names, read_volume, stem
 from samlora.errors import InputError, MissingFileError
+from samlora.files import find_file, same_name
 
 _MOST_CHANNELS = 8  # files numbered higher are slices or frames
 _MANY = 20  # label values in a message
@@ -271,6 +273,7 @@ def find_images(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
     their folder's in front. Raises MissingFileError or InputError: nothing there, nothing that can be read.
     """
     sources = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    sources = [find_file(source) for source in sources]
     groups: dict[Path, dict[str, Path]] = {}
     for source in map(Path, sources):
         if not source.exists():
@@ -290,6 +293,24 @@ def find_images(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
         listed.append((in_front.name, _grouped(folder, images)))
     pairs, _ = named_apart(listed, Path(sources[0]))
     return sorted(pairs, key=lambda pair: pair.name)
+
+
+def left_out(sources: Sequence[str | os.PathLike]) -> list[Path]:
+    """What `find_images` passes over in the folders that it looks into because it is of no kind that is read."""
+    found: list[Path] = []
+    for source in map(Path, sources):
+        if source.is_dir() and not is_dicom_folder(source):
+            found += _not_read_below(source, depth=2)
+    return found
+
+
+def _not_read_below(folder: Path, depth: int) -> list[Path]:
+    inside = [path for path in visible(folder) if path.is_dir()]
+    found = not_read(folder, taken=inside)
+    for path in inside if depth else ():
+        if path.name.lower() not in LABEL_FOLDERS and not is_dicom_folder(path):
+            found += _not_read_below(path, depth - 1)
+    return found
 
 
 def _images_in(folder: Path, depth: int) -> list[Path]:
@@ -312,7 +333,7 @@ def _images_in(folder: Path, depth: int) -> list[Path]:
 
 
 def _name(path: Path) -> str:
-    name = path.name if path.is_dir() else stem(path)
+    name = same_name(path.name) if path.is_dir() else stem(path)
     return path.absolute().parent.name if name.lower() in IMAGE_WORDS else name
 
 

@@ -12,8 +12,8 @@ from samlora.errors import InputError
 from samlora.model.baselines import volume_logits
 
 NOT_FINITE = (
-    "the model's answer is not finite (NaN or infinite): the weights or the image hold values that no model was trained "
-    "with, or a number does not fit half precision (then choose --precision bf16 or 32)"
+    "the model's answer is not finite (NaN or infinite): the weights or the image hold values that no model was "
+    "trained with, or a number does not fit half precision (then choose --precision bf16 or 32)"
 )
 OVERLAP = 0.5  # of neighbouring patches, as nnU-Net has it
 

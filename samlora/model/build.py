@@ -1,5 +1,6 @@
 """From a row of samlora.model.methods to a model: built on a base to be trained, or loaded with its adapter."""
 
+import numbers
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -58,6 +59,7 @@ def build_model(
     The result's `.spec` says what it is. Raises InputError or MissingFileError when something does not fit.
     """
     row = system_row(system)
+    _check_counts(num_classes=num_classes, rank=rank, image_size=image_size, in_channels=in_channels)
     if num_classes < 1:
         raise InputError(f"num_classes {num_classes} is not possible; it counts foreground classes: give 1 or more")
     names = tuple(class_names) if class_names is not None else tuple(f"class_{i}" for i in range(1, num_classes + 1))
@@ -102,6 +104,13 @@ def build_model(
         base_pixels=base_pixels,
     )
     return sam
+
+
+def _check_counts(**given: object) -> None:
+    """Raises InputError, naming it, for what is no whole number; None stands for a default."""
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+            raise InputError(f"{name} {value!r} is not possible; give a whole number")
 
 
 def used_pixels(row: System, base_pixels: Pixels) -> Pixels:

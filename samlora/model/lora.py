@@ -8,6 +8,7 @@ without any scale. What SAMed does not have (`LoRAOptions`) carries its name in 
 """
 
 import math
+import numbers
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -376,6 +377,10 @@ class LoRA_sam(nn.Module):
 
     def __init__(self, sam_model: nn.Module, rank: int | LoRAOptions, lora_layer: Iterable[int] | None = None):
         super().__init__()
+        if not isinstance(getattr(sam_model, "image_encoder", None), nn.Module):
+            raise InputError(f"{type(sam_model).__name__} is no SAM: it has no image_encoder; build one first")
+        if not isinstance(rank, numbers.Integral | LoRAOptions) or isinstance(rank, bool):
+            raise InputError(f"rank {rank!r} is not possible; give a whole number of 1 or more, or LoRAOptions")
         for parameter in sam_model.image_encoder.parameters():
             parameter.requires_grad_(False)
         self.rank = rank.rank if isinstance(rank, LoRAOptions) else rank

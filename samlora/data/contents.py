@@ -8,7 +8,7 @@ from pathlib import Path
 from samlora.errors import InputError
 from samlora.files import foreign_content
 
-NIFTI, ANALYZE, MGH, NRRD, META = "NIfTI", "Analyze", "MGH", "NRRD", "MetaImage"
+NIFTI, ANALYZE, MGH, NRRD, META = "NIfTI", "Analyze", "MGH", "NRRD", "MHA"
 PICTURE, NPY, NPZ, HDF5, DICOM = "picture", "npy", "npz", "HDF5", "DICOM"
 _MARKS = {
     b"NRRD000": NRRD,

@@ -392,8 +392,7 @@ def _with_values(recipe: Recipe, known: dict[str, tuple], what: str, numbers: bo
             elif value in known or plain(value) in alike:
                 group += known.get(value, alike.get(plain(value), ()))
             elif not known:
-                where = "no dataset.json, table or label file says"
-                raise InputError(f"class {name}: {where} which value {value!r} has; give its number")
+                raise InputError(f"class {name}: no dataset.json says which value {value!r} has, nor do the label files; give its number")
             else:
                 close = difflib.get_close_matches(plain(value), alike, n=1, cutoff=0)
                 nearest = next(name for name in known if plain(name) == close[0])

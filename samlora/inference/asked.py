@@ -47,7 +47,8 @@ def _numbers(given, what: str, dtype: type) -> np.ndarray:
     try:
         return np.asarray(given, dtype)
     except (TypeError, ValueError):
-        raise InputError(f"{what}: {str(given)[:60]!r} is no array of numbers; lists of one length are needed") from None
+        shown = str(given)[:60]
+        raise InputError(f"{what}: {shown!r} is no array of numbers; lists of one length are needed") from None
 
 
 def _checked_points(points, labels, width: int, height: int) -> tuple[np.ndarray | None, np.ndarray | None]:

@@ -16,7 +16,7 @@ from samlora.model.baselines import build_baseline, check_baseline
 from samlora.model.bases import base_name, find_base
 from samlora.model.checkpoint import Base, Spec
 from samlora.model.decoder import build_decoder
-from samlora.model.lora import LoRAOptions, inject_decoder, inject_encoder, translate_adapter
+from samlora.model.lora import LoRAOptions, check_layers, inject_decoder, inject_encoder, translate_adapter
 from samlora.model.methods import System, system_options, system_row, train_only, trained_names
 from samlora.model.sam import Sam, build_sam, usual_size
 from samlora.model.stem import InputStem
@@ -59,12 +59,21 @@ def build_model(
     The result's `.spec` says what it is. Raises InputError or MissingFileError when something does not fit.
     """
     row = system_row(system)
+    if num_classes is None:
+        raise InputError("num_classes None is not possible; it counts foreground classes: give 1 or more")
     _check_counts(num_classes=num_classes, rank=rank, image_size=image_size, in_channels=in_channels)
     if num_classes < 1:
         raise InputError(f"num_classes {num_classes} is not possible; it counts foreground classes: give 1 or more")
+    if class_names is not None and (isinstance(class_names, str) or not isinstance(class_names, Iterable)):
+        raise InputError(f"class_names {class_names!r}: a list of names, one per foreground class, is needed")
     names = tuple(class_names) if class_names is not None else tuple(f"class_{i}" for i in range(1, num_classes + 1))
     if len(names) != num_classes:
         raise InputError(f"{len(names)} class names for num_classes {num_classes}; give one name per foreground class")
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(f"options {options!r}: a mapping of names to values is needed")
+    if lora_layers is not None:
+        lora_layers = list(lora_layers) if isinstance(lora_layers, Iterable) else lora_layers
+        check_layers(lora_layers)
     chosen = system_options(system, options)
     in_channels = (1 if row.volumetric else 3) if in_channels is None else in_channels
     if in_channels < 1:

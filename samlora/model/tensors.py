@@ -82,7 +82,7 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
     """Writes a safetensors file, whole or not at all. Raises InputError for another ending."""
     from safetensors.torch import save_file
 
-    if Path(path).suffix != ".safetensors":
+    if as_path(path).suffix != ".safetensors":
         raise InputError(f"{path}: adapters are written as .safetensors only; give such a name")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole(path) as temporary:

@@ -78,8 +78,9 @@ def read_picture(path: Path, labels: bool, threshold: float | None) -> Volume:
                 raise InputError(f"{path}: {file.format} changes label values; {advice}")
             if labels and deep and file.mode not in _GRAY:
                 raise InputError(f"{path}: a mask with 16 bits per colour; save it as gray, one number per class")
-            pages = []
-            for page in ImageSequence.Iterator(file) if file.format in ("TIFF", "GIF") else (file,):
+            pages = _frames(file) if moving else []
+            still = (file,) if not moving else ()
+            for page in ImageSequence.Iterator(file) if file.format == "TIFF" else still:
                 turned = ImageOps.exif_transpose(page)
                 pages.append(_labels(turned, path, lossy, threshold) if labels else _image(turned))
     if len({page.shape for page in pages}) > 1:
@@ -178,6 +179,14 @@ def _image(picture) -> np.ndarray:
         array = np.asarray(picture.convert("RGBA").convert("RGB"))
         return array[..., 0] if _equal_channels(array) else array
     return np.asarray(picture.convert("RGB"))
+
+
+def _frames(file) -> list[np.ndarray]:
+    """The pictures of a GIF, all gray or all in colours: each may have a palette of its own."""
+    from PIL import ImageSequence
+
+    pages = [np.asarray(page.convert("RGB")) for page in ImageSequence.Iterator(file)]
+    return [page[..., 0] for page in pages] if all(map(_equal_channels, pages)) else pages
 
 
 def _labels(picture, path: Path, lossy: bool, threshold: float | None) -> np.ndarray:

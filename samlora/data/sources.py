@@ -392,7 +392,8 @@ def _with_values(recipe: Recipe, known: dict[str, tuple], what: str, numbers: bo
             elif value in known or plain(value) in alike:
                 group += known.get(value, alike.get(plain(value), ()))
             elif not known:
-                raise InputError(f"class {name}: no dataset.json says which value {value!r} has, nor do the label files; give its number")
+                why = f"no dataset.json says which value {value!r} has, nor do the label files"
+                raise InputError(f"class {name}: {why}; give its number")
             else:
                 close = difflib.get_close_matches(plain(value), alike, n=1, cutoff=0)
                 nearest = next(name for name in known if plain(name) == close[0])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from samlora.errors import InputError, MissingFileError
 
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x19\x1b-\x1f]")  # none of these stands in a text
 _PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EISDIR)
 
 
@@ -102,7 +103,7 @@ def read_text(path: str | os.PathLike) -> str:
             text = content.decode(codec)
         except UnicodeDecodeError:
             continue
-        if "\0" not in text:
+        if not _CONTROL.search(text):
             return text.replace("\r\n", "\n").replace("\r", "\n")
     raise InputError(f"{path}: is no text; save it as UTF-8")
 
@@ -146,7 +147,9 @@ def _codecs(content: bytes) -> tuple[str, ...]:
             return ("utf-16",)
     if b"\0" in content:  # western letters in UTF-16 have a zero as their high byte
         even, odd = content[0::2].count(0), content[1::2].count(0)
-        return ("utf-16-le", "utf-16-be") if odd > even else ("utf-16-be", "utf-16-le")
+        if max(even, odd) < 0.7 * (len(content) // 2):
+            return ()
+        return ("utf-16-le",) if odd > even else ("utf-16-be",)
     return ("utf-8-sig", "cp1252", "latin-1")
 
 

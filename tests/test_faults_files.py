@@ -383,7 +383,7 @@ def test_a_scale_that_merged_labels_is_named(tmp_path):
 def test_the_threshold_of_a_soft_mask_is_the_middle_of_its_range(tmp_path, highest, threshold):
     mask = np.zeros(SHAPE, np.float32)
     mask[LIVER] = highest
-    mask[3, 5:10, 1:5] = 0.3 * highest
+    mask[3, 5:10, 1:5] = 0.333 * highest
     nifti(tmp_path / "images/p0.nii.gz", scan())
     nifti(tmp_path / "labels/p0.nii.gz", mask)
     made = plan(tmp_path)
@@ -473,7 +473,7 @@ def test_tiff_of_every_type_keeps_its_values(tmp_path, kind):
     """A13. What belongs to it: 64 bits, and int8 and uint32, which Pillow reads as uint8 and int32 without a word; colours
     of 32 bits; big-endian BigTIFF; compression that nothing here reads."""
     ends = (0, 1) if kind.startswith("f") else (np.iinfo(kind).min, np.iinfo(kind).max)
-    array = np.array([[ends[0], ends[1], 1], [0, 1, 2]]).astype(kind)
+    array = np.array([[ends[0], ends[1], 1], [0, 1, 2]], dtype=kind)
     tifffile.imwrite(tmp_path / "a.tif", array)
     read = read_volume(tmp_path / "a.tif").array
     assert read.dtype == kind and np.array_equal(read[:, :, 0], array.T)

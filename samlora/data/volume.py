@@ -283,7 +283,7 @@ def _unscaled_labels(array: np.ndarray, file, path: Path) -> np.ndarray:
     apart = float(np.abs(array - nearest).max(initial=0))
     if step < 1 and apart <= step / 2 * (1 + 1e-3):
         return nearest
-    if step > 1 and apart > 1e-3:
+    if step > 1 and (apart > 1e-3 or abs(step - round(step)) > 1e-3):
         raise InputError(
             f"{path}: its header scales the labels by {step:.4g} (scl_slope), so that neighbouring values have become "
             "one; save the labels again as integers without a scale"

@@ -451,7 +451,7 @@ def test_255_beside_small_values_is_no_class(tmp_path):
     made = plan(tmp_path)
     assert [found.value for found in made.classes] == [1, 2] and any("255" in note for note in made.notes)
     assert prepare(tmp_path, tmp_path / "d", "generic_ct", workers=1).recipe.classes == ("label_1", "label_2")
-    assert ignored_values([255]) == ignored_values([128, 255]) == ignored_values([85, 170, 255]) == set()
+    assert ignored_values([255]) == ignored_values([1, 255]) == ignored_values([128, 255]) == ignored_values([85, 170, 255]) == set()
     assert ignored_values([1, 2, 65535]) == {65535}
 
 

@@ -46,8 +46,10 @@ def opened(path: Path):
 def content(path: Path) -> str | None:
     """The kind of image that a file holds; None where its first bytes do not say it.
 
-    Raises InputError for a file that stands for another one: an empty one, a pointer of Git LFS, a web page.
+    Raises InputError for a file that stands for another one: a pointer of Git LFS, a web page.
     """
+    if not path.stat().st_size:
+        return None
     foreign = foreign_content(path)
     if foreign is not None:
         raise InputError(f"{path}: {foreign}")

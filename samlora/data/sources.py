@@ -110,13 +110,13 @@ def ignored_values(values: Iterable[int | str], ignored: Sequence[int] = ()) -> 
     """Which of the values in label maps mark voxels to be ignored, and so are no classes.
 
     ignored: those that the data set says. Beside them, as in PASCAL VOC, the highest value of the type where all others
-    are small, such as 1 2 255; alone, or beside other levels of gray, it is a class.
+    are small, such as 1 2 255; alone, beside one other value, or beside levels of gray, it may well be a class.
     """
     numbers = {value for value in values if isinstance(value, int) and value > 0}
     found = numbers & set(ignored)
     for void in _VOIDS:
         others = numbers - {void} - found
-        if void in numbers and others and max(others) < _MOST_COUNTED:
+        if void in numbers and len(others) > 1 and max(others) < _MOST_COUNTED:
             found.add(void)
     return found
 

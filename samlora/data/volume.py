@@ -172,6 +172,8 @@ def _read(path: Path, labels: bool, series: str | int | None, threshold: float |
         kind = contents.ANALYZE
     else:
         kind = contents.content(path) or _kind_by_ending(path.name.lower())
+    if kind is not None and path.is_file() and not path.stat().st_size:
+        raise InputError(f"{path}: cannot be read as {kind}: it is empty; copy or download it again")
     if kind == contents.DICOM:
         # Beside the slices of an image, a segmentation is what is meant by labels.
         file = segmentation_file(path) if (labels and series is None) or not path.is_dir() else None

@@ -109,7 +109,8 @@ def _choose_classes(made: Plan) -> None:
         made.notes.append(f"{text}, as in PASCAL VOC: it counts as background here; list it if it is a class")
     numbers = {value for value in found if isinstance(value, int) and value > 0}
     if threshold is None and numbers and min(numbers) < SOFT and max(numbers) == 255 and not ignored:
-        made.notes.append("value 255 may mark what is not labelled, as in PASCAL VOC; leave it out of the classes if so")
+        text = "value 255 may mark what is not labelled, as in PASCAL VOC"
+        made.notes.append(f"{text}; leave it out of the classes if so")
     values = sorted(found - ignored, key=lambda v: (isinstance(v, str), v))
     names = {value: value if isinstance(value, str) else _called(value, layout) for value in values}
     if threshold is not None and "" in looks[0].values:

@@ -71,8 +71,8 @@ def spoiled(path, to, value, prefix="w_a"):
 @pytest.fixture
 def scan(tmp_path):
     array = np.random.default_rng(0).integers(0, 900, (40, 36, 3)).astype(np.int16)
-    nibabel.save(nibabel.Nifti1Image(array, np.diag([-1.0, -1, 3, 1])), tmp_path / "scan.nii.gz")
-    return tmp_path / "scan.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([-1.0, -1, 3, 1])), tmp_path / "p1.nii.gz")
+    return tmp_path / "p1.nii.gz"
 
 
 # --- A17: what stands in a weights file that is none ----------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_sides_are_known_by_their_names():
 def test_tta_is_not_used_where_classes_have_sides(tmp_path, adapters, scan):
     words = ["predict", str(scan), "--adapter", str(adapters / "sides.safetensors"), "--device", "cpu"]
     assert main([*words, "-o", str(tmp_path / "plain")]) == 0 and main([*words, "-o", str(tmp_path / "tta"), "--tta"]) == 0
-    plain, tta = (nibabel.load(tmp_path / folder / "scan.nii.gz").get_fdata() for folder in ("plain", "tta"))
+    plain, tta = (nibabel.load(tmp_path / folder / "p1.nii.gz").get_fdata() for folder in ("plain", "tta"))
     assert np.array_equal(plain, tta)
     said = (tmp_path / "tta/log.txt").read_text()
     assert "--tta is not used" in said and "kidney_left, kidney_right" in said and "4 flips" not in said

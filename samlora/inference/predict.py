@@ -216,8 +216,9 @@ class _Automatic:
         self._recipe = fitting_recipe(self._model.spec, None if config.recipe is None else Recipe.load(config.recipe))
         self._batch_size, self._precision = config.batch_size, precision
         self._names = dict(enumerate(self._model.spec.class_names, start=1))
-        self.heading = _heading(config, self._model.spec, self._recipe)
         note = getattr(self._model, "note", "")
+        flips = config.tta and not note
+        self.heading = _heading(config, self._model.spec, self._recipe, flips)
         self.notes = [note] if note else []
         self.remark = ""
 
@@ -396,9 +397,9 @@ def _options(config: PredictConfig) -> dict:
     return {"adapters": adapters, "options": options}
 
 
-def _heading(config: PredictConfig, spec: Spec, recipe: Recipe) -> str:
+def _heading(config: PredictConfig, spec: Spec, recipe: Recipe, with_flips: bool) -> str:
     models = "" if len(config.adapter) == 1 else f", mean of {len(config.adapter)} adapters"
-    flips = ", mean of 4 flips" if config.tta else ""
+    flips = ", mean of 4 flips" if with_flips else ""
     base = f"{spec.system} on {spec.variant}, base {spec.base}, {spec.image_size} px{models}{flips}"
     return f"{base}; recipe {recipe.name}, {len(spec.class_names)} classes"
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from samlora.errors import InputError
+from samlora.files import as_path
 from samlora.model import checkpoint
 from samlora.model.baselines import build_baseline, check_baseline
 from samlora.model.bases import base_name, find_base
@@ -59,6 +60,7 @@ def build_model(
     The result's `.spec` says what it is. Raises InputError or MissingFileError when something does not fit.
     """
     row = system_row(system)
+    _check_base(base)
     if num_classes is None:
         raise InputError("num_classes None is not possible; it counts foreground classes: give 1 or more")
     _check_counts(num_classes=num_classes, rank=rank, image_size=image_size, in_channels=in_channels)
@@ -113,6 +115,12 @@ def build_model(
         base_pixels=base_pixels,
     )
     return sam
+
+
+def _check_base(base: object) -> None:
+    """Raises InputError for what is neither a path, a word nor a Base."""
+    if base is not None and not isinstance(base, Base):
+        as_path(base)
 
 
 def _check_counts(**given: object) -> None:
@@ -247,6 +255,7 @@ def load_model(
     unexpected or of another shape.
     """
     tensors, spec = checkpoint.read_adapter(adapter)
+    _check_base(base)
     base = "default" if base is None else base
     # Nothing below may depend on, or move, the caller's random numbers.
     with torch.random.fork_rng(devices=[]):

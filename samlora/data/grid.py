@@ -7,7 +7,7 @@ may have a last axis of channels: colours of a picture, weightings of an MR.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -63,6 +63,7 @@ class Volume:
     False where the file says nothing about millimetres (pictures, bare arrays); a voxel then counts as 1 x 1 x 1.
     sparse: the slices (along the last axis) are known one by one, and what lies between or beside them is empty, as
     in DICOM segmentations, which leave out empty frames.
+    names: of a label map that names its own values: value -> the structures that it shows, several where they overlap.
     """
 
     array: np.ndarray
@@ -73,6 +74,7 @@ class Volume:
     path: str = ""
     has_spacing: bool = True
     sparse: bool = False
+    names: Mapping[int, tuple[str, ...]] | None = None
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -173,11 +175,11 @@ def match_grid(label: Volume, to: Volume, *, part: bool = False) -> Volume:
         array, indices = placed
         shape = to.array.shape[:3]
         if array.shape[:3] == shape and all(np.array_equal(i, np.arange(n)) for i, n in zip(indices, shape)):
-            return dataclasses.replace(to, array=array, path=label.path, sparse=False)
+            return dataclasses.replace(to, array=array, path=label.path, names=label.names, sparse=False)
         if part and all(not i.size or (i.min() >= 0 and i.max() < n) for i, n in zip(indices, shape)):
             padded = np.zeros(shape, array.dtype)
             padded[np.ix_(*indices)] = array
-            return dataclasses.replace(to, array=padded, path=label.path, sparse=False)
+            return dataclasses.replace(to, array=padded, path=label.path, names=label.names, sparse=False)
     raise InputError(
         f"{label.path or 'label'}: its grid ({_grid(label)}) is not that of {to.path or 'the image'} "
         f"({_grid(to)}); resample the label onto the image, or repair its header if they are the same voxels"

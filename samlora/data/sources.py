@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,20 +19,24 @@ from samlora.data.folders import (
     image_entries,
     is_dicom_folder,
     may_be_label,
+    not_read,
     visible,
 )
 from samlora.data.grid import Volume, count_values, match_grid
+from samlora.data.label_tables import names_beside, plain
 from samlora.data.layouts import IMAGE_FOLDERS, LABEL_FOLDERS, named_apart
-from samlora.data.pictures import PICTURES
+from samlora.data.pictures import PICTURES, is_lossy
 from samlora.data.recipe import Recipe
-from samlora.data.volume import VOLUMES, read_volume, stem
+from samlora.data.volume import VOLUMES, read_label_names, read_volume, stem
 from samlora.errors import InputError, MissingFileError
+from samlora.files import find_file, same_name
 
-LOSSY = (".jpg", ".jpeg")  # masks in these need a threshold
 _MOST_CHANNELS = 8  # files numbered higher are slices or frames
 _NO_DICOM = tuple(ending for ending in VOLUMES if ending != ".dcm")
 _DISC_DEPTH = 4  # DICOM/PATIENT/STUDY/SERIES below a DICOMDIR
 _MANY = 20  # label values in a message
+_VOIDS = (255, 65535)  # the highest value of a type marks what nobody has labelled, where classes count from 1
+_MOST_COUNTED = 64  # classes that count from 1 are below it
 
 
 def read_image(pair: Pair, series: str | None = None) -> Volume:
@@ -68,12 +71,17 @@ def read_label(pair: Pair, image: Volume, recipe: Recipe) -> tuple[Volume, list[
     if pair.label is None:
         raise InputError(f"{pair.images[0]}: has no label")
     if isinstance(pair.label, Path):
-        label = on_grid(read_volume(pair.label, labels=True, threshold=recipe.mask_threshold), image)
-        mapped = recipe.map_labels(label.array)
+        label = on_grid(read_label_map(pair, recipe.mask_threshold), image)
+        try:
+            mapped = recipe.map_labels(label.array, label.names)
+        except InputError as error:
+            raise InputError(f"{pair.label}: {error}") from None
         lost = np.unique(label.array[(mapped == 0) & (label.array != 0)]).tolist()
-        shown = " ".join(map(str, lost[:_MANY])) + (" ..." if len(lost) > _MANY else "")
+        called = [" + ".join(label.names.get(value, [str(value)])) if label.names else str(value) for value in lost]
+        shown = " ".join(called[:_MANY]) + (" ..." if len(lost) > _MANY else "")
         remarks = [f"label values that no class lists became background: {shown}"] if lost else []
-        return dataclasses.replace(label, array=mapped), remarks
+        remarks += _overlaps(label, recipe) + _otherwise_named(label, recipe)
+        return dataclasses.replace(label, array=mapped, names=None), remarks
     array = np.zeros(image.array.shape[:3], np.uint8)
     remarks = []
     for index, names in enumerate(recipe.label_values, start=1):
@@ -82,12 +90,75 @@ def read_label(pair: Pair, image: Volume, recipe: Recipe) -> tuple[Volume, list[
             mask |= on_grid(_read_mask(path, recipe.mask_threshold), image).array != 0
         for earlier, count in count_values(array[mask][None]).items():
             if earlier:
-                one, other, share = recipe.classes[earlier - 1], recipe.classes[index - 1], count / mask.sum()
-                # In steps, so that the remarks of many cases can be told together.
-                size = "less than 1 %" if share < 0.01 else "1 to 10 %" if share < 0.1 else "more than 10 %"
-                remarks.append(f"{one} and {other} overlap; the voxels became {other}, {size} of it")
+                one, other = recipe.classes[earlier - 1], recipe.classes[index - 1]
+                remarks.append(_overlap(one, other, count / mask.sum()))
         array[mask] = index
     return dataclasses.replace(image, array=array), remarks
+
+
+def read_label_map(pair: Pair, threshold: float | None = None) -> Volume:
+    """The label map of a case as it is stored, with the names of its values where they are known.
+
+    The names are those in the file, else in a table beside it that has its name, else those of the whole folder.
+    threshold: the recipe's mask_threshold, which leaves one class without a name. Raises what `read_volume` raises.
+    """
+    volume = read_volume(pair.label, labels=True, threshold=threshold)
+    if threshold is None and volume.names is None:
+        beside = names_beside(pair.label, stem(pair.label))
+        volume.names = beside or {value: (name,) for value, name in pair.names.items()} or None
+    return volume
+
+
+def ignored_values(values: Iterable[int | str], ignored: Sequence[int] = ()) -> set[int]:
+    """Which of the values in label maps mark voxels to be ignored, and so are no classes.
+
+    ignored: those that the data set says. Beside them, as in PASCAL VOC, the highest value of the type where all others
+    are small, such as 1 2 255; alone, beside one other value, or beside levels of gray, it may well be a class.
+    """
+    numbers = {value for value in values if isinstance(value, int) and value > 0}
+    found = numbers & set(ignored)
+    for void in _VOIDS:
+        others = numbers - {void} - found
+        if void in numbers and len(others) > 1 and max(others) < _MOST_COUNTED:
+            found.add(void)
+    return found
+
+
+def _overlap(one: str, other: str, share: float) -> str:
+    # In steps, so that the remarks of many cases can be told together.
+    size = "less than 1 %" if share < 0.01 else "1 to 10 %" if share < 0.1 else "more than 10 %"
+    return f"{one} and {other} overlap; the voxels became {other}, {size} of it"
+
+
+def _overlaps(label: Volume, recipe: Recipe) -> list[str]:
+    """Remarks on values of a label map that show several classes."""
+    if not label.names or all(len(names) == 1 for names in label.names.values()):
+        return []
+    groups = recipe.values_in(label.names)
+    counts = count_values(label.array)
+    remarks = []
+    for index, group in enumerate(groups, start=1):
+        total = sum(counts.get(value, 0) for value in group)
+        for earlier, other in enumerate(groups[: index - 1], start=1):
+            shared = sum(counts.get(value, 0) for value in set(group) & set(other))
+            if shared:
+                names = recipe.classes[earlier - 1], recipe.classes[index - 1]
+                remarks.append(_overlap(*names, shared / total))
+    return remarks
+
+
+def _otherwise_named(label: Volume, recipe: Recipe) -> list[str]:
+    """Remarks on classes whose numbers the label map gives to other structures."""
+    names = label.names or {}
+    known = {plain(name) for found in names.values() for name in found}
+    remarks = []
+    for name, values in zip(recipe.classes, recipe.label_values):
+        for value in values:
+            called = names.get(value, ()) if isinstance(value, int) else ()
+            if called and plain(name) in known and plain(name) not in map(plain, called):
+                text = f"class {name} takes value {value}, which the label file calls {called[0]}"
+                remarks.append(f"{text}; name the class in the recipe ({name}: {name}) instead of its number")
+    return remarks
 
 
 def on_grid(label: Volume, image: Volume) -> Volume:
@@ -112,19 +183,29 @@ def on_grid(label: Volume, image: Volume) -> Volume:
 def label_values(pair: Pair, threshold: float | None = None) -> dict[int | str, int]:
     """What the label of a case shows, without the background: value -> voxels, or structure -> voxels, perhaps 0.
 
-    threshold: the recipe's mask_threshold. Raises what `read_volume` raises.
+    Values that the label file itself names count as structures. threshold: the recipe's mask_threshold.
+    Raises what `read_volume` raises.
     """
     if pair.label is None:
         return {}
     if isinstance(pair.label, Path):
-        counts = count_values(read_volume(pair.label, labels=True, threshold=threshold).array)
-        return {value: count for value, count in counts.items() if value}
+        label = read_label_map(dataclasses.replace(pair, names={}), threshold)
+        return named_values(count_values(label.array), label.names)
     found = {}
     for name, paths in pair.label.items():
         masks = [_read_mask(path, threshold).array for path in paths]
         # Parts on different grids are an error where they are read to be used.
         same = all(mask.shape == masks[0].shape for mask in masks)
         found[name] = int(np.count_nonzero(np.any(masks, axis=0) if same else masks[0]))
+    return found
+
+
+def named_values(counts: Mapping[int, int], names: Mapping[int, Sequence[str]] | None) -> dict[int | str, int]:
+    """Voxels of each value, background left out, those with a name under their name; overlaps count for each."""
+    found: dict[int | str, int] = {}
+    for value, count in counts.items():
+        for key in (names or {}).get(value, (value,)) if value else ():
+            found[key] = found.get(key, 0) + count
     return found
 
 
@@ -135,9 +216,11 @@ def resolve_classes(
 ) -> Recipe:
     """`recipe` with classes that fit the labels of `layout`: numbers for label maps, names for masks.
 
-    Names become the values that dataset.json gives them. A recipe without classes takes those of dataset.json, else
-    the names of the masks, else one class for each value above 0 that `values` finds in the label maps (by default
-    `label_values` of one after the other), named label_VALUE; with a mask_threshold, the one class `foreground`.
+    Names become the values that dataset.json, or a table for all label maps, gives them; names that label maps give
+    their own values stay, as every map may number them otherwise (`Recipe.map_labels`). A recipe without classes takes
+    those of dataset.json, else the names of the masks, else what `values` finds in the label maps (by default
+    `label_values` of one after the other): their own names, and one class for each value above 0 without one, named
+    label_VALUE; with a mask_threshold, the one class `foreground`. Values to be ignored are no classes.
     Raises InputError: a name or a structure that is not there, numbers for masks, no or too many values.
     """
     structures = sorted({name for pair in layout.pairs if isinstance(pair.label, dict) for name in pair.label})
@@ -150,7 +233,14 @@ def resolve_classes(
         return _with_values(recipe, {name: (name,) for name in structures}, "masks", numbers=False)
     if recipe.classes:
         known = {name: tuple(values) for name, values in layout.classes.items()}
-        return _with_values(recipe, known, "labels in dataset.json", numbers=True)
+        known = known or {name: (value,) for value, name in layout.names.items()}
+        wanted = [value for values in recipe.label_values for value in values if isinstance(value, str)]
+        if wanted:
+            own = _own_structures(layout.pairs)
+            # Where label maps have names of their own, the folder's serve those that have none (`read_label_map`).
+            known = {name: values for name, values in known.items() if plain(name) not in own}
+            known |= {name: (name,) for name in own.values()}
+        return _with_values(recipe, known, "labels", numbers=True)
     if structures:
         classes = {name: (name,) for name in structures}
     elif recipe.mask_threshold is not None:
@@ -162,8 +252,14 @@ def resolve_classes(
             raise InputError("dataset.json: its regions overlap; list the classes in a recipe (--dataset FILE.yaml)")
     else:
         read = values or (lambda pairs: map(label_values, pairs))
-        found = sorted({v for one in read(layout.pairs) for v in one if v > 0})
-        classes = {f"label_{value}": (value,) for value in found}
+        found = {value for one in read(layout.pairs) for value in one}
+        numbers = {value for value in found if isinstance(value, int) and value > 0}
+        numbers -= ignored_values(numbers, layout.ignored)
+        own = {}
+        for name in sorted(value for value in found if isinstance(value, str)):
+            own.setdefault(plain(name), name)
+        classes = {layout.names.get(value, f"label_{value}"): (value,) for value in sorted(numbers)}
+        classes |= {name: (name,) for key, name in own.items() if key != "background"}
     if not 0 < len(classes) < 256:
         label = layout.pairs[0].label
         where = label.parent if isinstance(label, Path) else "masks"
@@ -184,6 +280,7 @@ def find_images(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
     can be read.
     """
     sources = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    sources = [find_file(source) for source in sources]
     groups: dict[Path, dict[str, Path]] = {}
     for source in map(Path, sources):
         if not source.exists():
@@ -210,6 +307,24 @@ def find_images(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
     except InputError:  # PATIENT/STUDY/SERIES, where studies and series are named alike
         pairs, _ = named_apart(far_apart, Path(sources[0]))
     return sorted(pairs, key=lambda pair: pair.name)
+
+
+def left_out(sources: Sequence[str | os.PathLike]) -> list[Path]:
+    """What `find_images` passes over in the folders that it looks into because it is of no kind that is read."""
+    found: list[Path] = []
+    for source in map(Path, sources):
+        if source.is_dir() and not is_dicom_folder(source):
+            found += _not_read_below(source, depth=2)
+    return found
+
+
+def _not_read_below(folder: Path, depth: int) -> list[Path]:
+    inside = [path for path in visible(folder) if path.is_dir()]
+    found = not_read(folder, taken=inside)
+    for path in inside if depth else ():
+        if path.name.lower() not in LABEL_FOLDERS and not is_dicom_folder(path):
+            found += _not_read_below(path, depth - 1)
+    return found
 
 
 def _images_in(folder: Path, depth: int) -> list[Path]:
@@ -255,7 +370,7 @@ def _dicom_in(folder: Path) -> list[Path]:
 
 
 def _name(path: Path) -> str:
-    name = path.name if path.is_dir() else stem(path)
+    name = same_name(path.name) if path.is_dir() else stem(path)
     return path.absolute().parent.name if name.lower() in IMAGE_WORDS else name
 
 
@@ -280,15 +395,28 @@ def _grouped(folder: Path, images: dict[str, Path]) -> list[Pair]:
     return [Pair(case, tuple(channels[tag] for tag in tags), None) for case, channels in cases.items()]
 
 
+def _own_structures(pairs: Sequence[Pair]) -> dict[str, str]:
+    """What the label maps themselves call their structures: the name as it is compared -> as it is written first."""
+    found: dict[str, str] = {}
+    for path in (pair.label for pair in pairs if isinstance(pair.label, Path)):
+        try:
+            names = read_label_names(path)
+        except InputError:
+            continue  # the file is named where it is read to be used
+        for name in (name for group in names.values() for name in group):
+            found.setdefault(plain(name), name)
+    return found
+
+
 def _read_mask(path: Path, threshold: float | None) -> Volume:
     """A mask: above 0 where nothing else is said; a JPEG needs a threshold, its background is not 0."""
-    lossy = path.suffix.lower() in LOSSY
+    lossy = is_lossy(path)
     return read_volume(path, labels=True, threshold=0 if threshold is None and not lossy else threshold)
 
 
 def _with_values(recipe: Recipe, known: dict[str, tuple], what: str, numbers: bool) -> Recipe:
     """The recipe with every label value replaced by what `known` says of it; numbers: they may stay as they are."""
-    alike = {_plain(name): values for name, values in known.items()}
+    alike = {plain(name): values for name, values in known.items()}
     resolved = []
     for name, values in zip(recipe.classes, recipe.label_values):
         group: list[int | str] = []
@@ -298,18 +426,15 @@ def _with_values(recipe: Recipe, known: dict[str, tuple], what: str, numbers: bo
                 raise InputError(f"class {name}: value {value}, but {have}")
             if isinstance(value, int):
                 group.append(value)
-            elif value in known or _plain(value) in alike:
-                group += known.get(value, alike.get(_plain(value), ()))
+            elif value in known or plain(value) in alike:
+                group += known.get(value, alike.get(plain(value), ()))
             elif not known:
-                raise InputError(f"class {name}: no dataset.json says which value {value!r} has; give its number")
+                why = f"no dataset.json says which value {value!r} has, nor do the label files"
+                raise InputError(f"class {name}: {why}; give its number")
             else:
-                close = difflib.get_close_matches(_plain(value), alike, n=1, cutoff=0)
-                nearest = next(name for name in known if _plain(name) == close[0])
+                close = difflib.get_close_matches(plain(value), alike, n=1, cutoff=0)
+                nearest = next(name for name in known if plain(name) == close[0])
                 there = f"did you mean {nearest!r}? There are {few(known, 8)}"
                 raise InputError(f"class {name}: there are no {what} named {value!r}; {there}")
         resolved.append(tuple(dict.fromkeys(group)))
     return dataclasses.replace(recipe, label_values=tuple(resolved))
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\W_]+", "_", name).strip("_").lower()

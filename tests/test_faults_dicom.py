@@ -330,6 +330,22 @@ def test_headers_without_a_spacing_have_none(ending, stated, tmp_path):
     assert read.array.shape == (4, 3, 2)
 
 
+@pytest.mark.parametrize("stated", ["nothing", "sizes", "unit", "place"])
+def test_nifti_headers_that_nobody_has_filled_in_have_no_spacing(stated, tmp_path):
+    """Kind 3: 1 x 1 x 1 without a unit and without a place."""
+    import nibabel
+
+    file = nibabel.Nifti1Image(np.zeros((4, 3, 2), np.uint8), None)
+    if stated == "sizes":
+        file.header.set_zooms((1, 1, 2))
+    elif stated == "unit":
+        file.header.set_xyzt_units("mm")
+    elif stated == "place":
+        file.set_sform(np.eye(4), 1)
+    nibabel.save(file, tmp_path / "a.nii")
+    assert read_volume(tmp_path / "a.nii").has_spacing == (stated != "nothing")
+
+
 # --- 4: what is written is read back ---------------------------------------------------------------------------------
 
 COLOURS = RNG.integers(0, 255, (24, 20, 3)).astype(np.uint8)

@@ -244,7 +244,11 @@ def _read_nifti(path: Path, kind: str, labels: bool) -> Volume:
             qform = None
         names = label_tables.nifti_names(header.extensions) if labels else {}
         turned = None if qform is None else to_mm @ qform
-        return Volume(array, to_mm @ file.affine, *codes, turned, str(path), names=names or None)
+        # 1 x 1 x 1 without a unit and without a place is what a header holds that nobody has filled in.
+        bare = not any(codes) and header.get_xyzt_units()[0] == "unknown"
+        known = not (bare and all(size == 1 for size in header.get_zooms()[:3]))
+        affine = to_mm @ file.affine
+        return Volume(array, affine, *codes, turned, str(path), has_spacing=known, names=names or None)
 
 
 def _open_nifti(path: Path, kind: str, stack: contextlib.ExitStack):

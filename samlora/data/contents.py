@@ -58,6 +58,9 @@ def content(path: Path) -> str | None:
             head = file.read(_HEAD)
     except (OSError, EOFError, zlib.error):
         return None  # its reader says what is wrong with it
+    # The 128 bytes before DICOM's mark may be anything, such as the head of a TIFF file.
+    if head[128:132] == b"DICM" and not path.name.lower().endswith((".tif", ".tiff")):
+        return DICOM
     for mark, kind in _MARKS.items():
         if head.startswith(mark):
             return kind

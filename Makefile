@@ -1,4 +1,4 @@
-# Everything from nothing: `make demo` shows the main job, `make test` proves it.
+# Everything from nothing: `make demo` shows the main job (`make demo SCAN=PATH` on your own scan), `make test` proves it.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -14,7 +14,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 setup: $(READY)
 
 demo: $(READY)
-	$(BIN)/samlora demo
+	$(BIN)/samlora demo $(if $(SCAN),--scan '$(SCAN)')
 
 # Two processes of one thread each: most tests wait for Python, not for the matrix product.
 test: $(READY)
@@ -24,7 +24,7 @@ soak: $(READY)
 	$(BIN)/python -m pytest -m soak
 
 bench: $(READY)
-	for name in encoder step memory attention loading metrics volume embeddings clicks peers report; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in encoder step memory attention loading metrics volume embeddings clicks lite_medsam peers report; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # One GPU, at most eight minutes.
 bench-gpu: $(READY)

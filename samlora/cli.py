@@ -361,16 +361,22 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
         help="folder for everything the demo makes (default: demo_output)",
     )
     parser.add_argument("--seed", type=int, default=1234, help="seed of the phantoms and of training (default: 1234)")
+    parser.add_argument(
+        "--scan", metavar="PATH", help="a CT or MR of your own (file or DICOM folder): opens it in the browser instead"
+    )
 
 
 def _demo(given: dict) -> None:
-    from samlora.demo import demo
+    from samlora.demo import demo, show
 
-    demo(Path(given["output"]), given["seed"])
+    if given["scan"] is None:
+        demo(Path(given["output"]), given["seed"])
+    else:
+        show(Path(given["scan"]))
 
 
 COMMANDS = {
-    "demo": ("draw synthetic patients, train on them, test and show the result", _demo_flags, _demo),
+    "demo": ("segment synthetic patients by boxes and by a trained adapter; or open your own scan", _demo_flags, _demo),
     "plan": ("look at a folder of images and labels, and write a recipe to edit", _plan_flags, _plan),
     "prepare": ("turn volumes and labels into training slices and test volumes", _prepare_flags, _prepare),
     "check": ("look for what would fail or spoil a result, before training", _check_flags, _check),

@@ -6,14 +6,17 @@ import torch
 from scipy import ndimage
 
 from samlora.data.augment import (
+    SAMPLERS,
     Transform,
     nearest_index,
     resize_image,
     resize_label,
+    sample_flips,
     sample_transform,
     zoom_matrix,
 )
-from samlora.data.batch import make_batch
+from samlora.data.batch import make_batch, transformed
+from samlora.training.config import TrainConfig
 
 SIZES = [
     (224, 512),
@@ -84,6 +87,16 @@ def test_samples_of_different_sizes_make_one_batch():
     labels = [torch.ones(s, dtype=torch.uint8) for s in shapes]
     batch, targets = make_batch(images, labels, [Transform()] * 3, 32, "cpu")
     assert batch.shape == (3, 3, 32, 32) and targets.shape == (3, 8, 8)
+
+
+def test_flips_are_of_each_axis_by_itself():
+    transforms = [sample_flips(np.random.default_rng(i)) for i in range(2000)]
+    image = torch.arange(6.0).view(2, 3)
+    flipped = [transformed(image, transform) for transform in transforms]
+    for axes in ((), (0,), (1,), (0, 1)):
+        share = np.mean([torch.equal(one, image.flip(axes)) for one in flipped])
+        assert abs(share - 1 / 4) < 0.04, axes
+    assert set(SAMPLERS) == set(TrainConfig.__dataclass_fields__["augment"].metadata["choices"])
 
 
 def test_the_shares_are_samed():

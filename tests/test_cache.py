@@ -70,7 +70,7 @@ def embedded(folder, slices, batch=1):
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="random weights"):
         model = samlora.build_model("medsam_decoder", base=None, variant="vit_ti", image_size=64, num_classes=3)
-    return EmbeddingCache(folder, model, SliceDataset(slices, 0, augment=False), torch.float32, batch)
+    return EmbeddingCache(folder, model, SliceDataset(slices, 0, augment="none"), torch.float32, batch)
 
 
 def decoded(folder, slices):

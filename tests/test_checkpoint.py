@@ -11,7 +11,7 @@ import samlora
 from samlora.errors import InputError, MissingFileError
 from samlora.model import checkpoint
 from samlora.model.bases import BASES, find_base
-from samlora.model.sam import build_sam
+from samlora.model.sam import Prompts, build_sam
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,60 @@ def test_plain_lora_file_goes_with_the_bases_own_decoder(base, tmp_path):
         model.mask_decoder.mask_tokens.weight,
         torch.load(base, weights_only=True)["mask_decoder.mask_tokens.weight"],
     )
+
+
+def decoder_of_base(base) -> dict[str, torch.Tensor]:
+    """The tensors of a base's mask decoder under their names in it."""
+    prefix = "mask_decoder."
+    state = torch.load(base, weights_only=True)
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def kept_from(stored: dict[str, torch.Tensor], decoder: nn.Module) -> set[str]:
+    """Names of the tensors of a decoder that are those of the base."""
+    return {n for n, t in decoder.state_dict().items() if n in stored and torch.equal(t, stored[n])}
+
+
+@pytest.mark.parametrize("system", ["samed", "samed_decoder", "samed_s", "samlora_joint"])
+def test_the_class_decoder_starts_as_samed_s(base, system):
+    """What fits: SAM's hypernetworks 0 to 3 and the first two layers of its IoU head; the rest is fresh."""
+    stored = decoder_of_base(base)
+    decoder = samlora.build_model(system, base=base, image_size=64, num_classes=8).mask_decoder
+    heads = {n for n in decoder.state_dict() if n.startswith("output_hypernetworks_mlps.")}
+    from_sam = {n for n in heads if n.split(".")[1] in "0123"}
+    fresh = {"mask_tokens.weight", "iou_prediction_head.layers.2.weight", "iou_prediction_head.layers.2.bias"}
+    assert len(from_sam) == 4 * 6 and len(heads) == 9 * 6
+    names = {n for n in decoder.state_dict() if ".linear_" not in n}  # LoRA of samed_s is no part of SAM
+    assert names - kept_from(stored, decoder) == (heads - from_sam) | fresh
+    assert decoder.mask_tokens.weight.shape == (9, 256)
+
+
+@pytest.mark.parametrize("system", ["samed", "samlora_joint"])
+def test_with_three_classes_the_class_decoder_starts_as_sam_s_own(base, system):
+    stored = decoder_of_base(base)
+    decoder = samlora.build_model(system, base=base, image_size=64, num_classes=3).mask_decoder
+    assert kept_from(stored, decoder) == decoder.state_dict().keys() == stored.keys()
+
+
+@pytest.mark.parametrize("system", ["samed", "samlora_joint", "sam_lora"])
+def test_adapters_of_format_3_load_with_the_same_logits(base, tmp_path, system):
+    """They state no pixels: those were a matter of the system alone. And no adapter holds the IoU head."""
+    model, new, old = trained(base, system, num_classes=8), tmp_path / "new.safetensors", tmp_path / "old.safetensors"
+    samlora.save_adapter(model, new)
+    with open(new, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    description = json.loads(header["__metadata__"]["samlora"]) | {"format_version": 3}
+    del description["pixels"], description["base_pixels"]
+    edited(new, old, lambda tensors: None, {"samlora": json.dumps(description)})
+    assert not any("iou_prediction_head" in name for name in load_file(old))
+    again = samlora.load_model(old, base=base)
+    assert (again.spec.pixels, again.spec.base_pixels) == (model.spec.pixels, model.spec.base_pixels)
+    x, prompts = torch.rand(2, 3, 64, 64), Prompts(boxes=torch.tensor([[8.0, 9, 40, 50], [3, 3, 60, 30]]))
+    with torch.no_grad():
+        if system != "sam_lora":
+            assert torch.equal(again(x), model(x))
+        if system != "samed":
+            assert torch.equal(again(x, prompts), model(x, prompts))
 
 
 class Evil:

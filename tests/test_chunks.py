@@ -47,7 +47,7 @@ def test_chunks_stay_inside_the_volume(first, count, depth, wanted):
 
 def test_a_chunk_is_neighbouring_slices_around_one_that_shows_something(stack):
     slices, image, _ = stack
-    chunks = ChunkDataset(slices, slices[3:7], 0, 3, augment=False)
+    chunks = ChunkDataset(slices, slices[3:7], 0, 3, augment="none")
     assert len(chunks) == 4
     places = set()
     for epoch in range(12):

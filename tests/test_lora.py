@@ -69,7 +69,7 @@ def test_exactly_what_the_row_names_receives_gradients(system):
     model = moved(tiny(system))
     prompts = Prompts(boxes=torch.tensor([[4.0, 4, 40, 40]])) if SYSTEMS[system].promptable else None
     answer = model(torch.rand(1, 3, 64, 64), prompts, details=True)
-    used = [answer.classes, answer.masks, answer.iou if SYSTEMS[system].objective == "focal_dice_iou" else None]
+    used = [answer.classes, answer.masks, answer.iou if SYSTEMS[system].objective.endswith("_iou") else None]
     total = sum(tensor[:, :1].square().sum() if tensor is answer.masks else tensor.square().sum() for tensor in used if tensor is not None)
     if trained_names(model, system):
         total.backward()

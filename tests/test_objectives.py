@@ -144,6 +144,24 @@ def test_focal_dice_and_iou():
     assert objective._sum({"loss_focal": 1.0, "loss_dice": 2.0, "loss_iou": 3.0}) == 25.0
 
 
+def test_dice_cross_entropy_and_iou():
+    torch.manual_seed(0)
+    model = tiny("lite_medsam")
+    batch = [sample(0, (32, 64)), sample(1, (32, 64))]
+    objective = objective_of(model)
+    objects = draw_objects(batch, objective.prompting, SIDE, SAM, 1234, CPU)
+    images, _ = objective._inputs(model, batch)
+    answer = model(images, objects.prompts, details=True)
+    logits = answer.masks[:, 0].masked_fill(~objects.inside, -30.0)
+    drawn, truth = logits > 0, objects.targets > 0
+    iou = (drawn & truth).sum((1, 2)) / (drawn | truth).sum((1, 2))
+    expected = torch.nn.functional.mse_loss(answer.iou[:, 0], iou)
+    losses = objective(model, batch, 2, None)
+    torch.testing.assert_close(losses.parts["loss_iou"], expected)
+    torch.testing.assert_close(losses.total, sum(losses.parts.values()))
+    assert list(losses.parts) == ["loss_dice", "loss_bce", "loss_iou"]
+
+
 def test_joint_is_both():
     torch.manual_seed(0)
     model = tiny("samlora_joint")
@@ -200,7 +218,7 @@ class _Slices:
     def __init__(self, files):
         from samlora.data.dataset import SliceDataset
 
-        self.slices, self._data = files, SliceDataset(files, 0, augment=False)
+        self.slices, self._data = files, SliceDataset(files, 0, augment="none")
 
     def __len__(self):
         return len(self._data)

@@ -110,7 +110,7 @@ def test_a_patch_depends_on_its_key_alone(numbered):
 
 def test_a_patch_is_what_its_volume_holds_there(numbered):
     slices, image, label = numbered
-    patches = PatchDataset(slices, 0, ROI, augment=False)
+    patches = PatchDataset(slices, 0, ROI, augment="none")
     starts = set()
     for epoch in range(20):
         for index in range(len(patches)):
@@ -126,7 +126,7 @@ def test_a_patch_is_what_its_volume_holds_there(numbered):
 
 def test_half_of_the_patches_have_a_class_at_their_centre_each_class_as_often(numbered):
     slices, _, label = numbered
-    patches = PatchDataset(slices, 1, ROI, augment=False)
+    patches = PatchDataset(slices, 1, ROI, augment="none")
     centre = tuple(r // 2 for r in ROI)
     at = [patches[epoch, index].label[centre] for epoch in range(40) for index in range(len(patches))]
     one, two = (np.mean([value == c for value in at]) for c in (1, 2))
@@ -143,7 +143,7 @@ def test_a_volume_without_a_class_gives_patches_from_anywhere(tmp_path):
 
 def test_a_volume_smaller_than_a_patch_lies_in_its_middle(tmp_path):
     image, label = ball((3, 6, 20))
-    patches = PatchDataset(find_slices(write_stack(tmp_path, image + 1, label)), 0, (8, 16, 16), augment=False)
+    patches = PatchDataset(find_slices(write_stack(tmp_path, image + 1, label)), 0, (8, 16, 16), augment="none")
     for index in range(3):
         sample = patches[0, index]
         assert sample.image.shape == sample.label.shape == (8, 16, 16)
@@ -153,7 +153,7 @@ def test_a_volume_smaller_than_a_patch_lies_in_its_middle(tmp_path):
 
 def test_turns_and_flips_are_the_eight_of_a_square_for_image_and_label_alike(numbered):
     slices, _, _ = numbered
-    patches, plain = PatchDataset(slices, 0, ROI), PatchDataset(slices, 0, ROI, augment=False)
+    patches, plain = PatchDataset(slices, 0, ROI), PatchDataset(slices, 0, ROI, augment="none")
     seen = set()
     for epoch in range(10):
         batch = [patches[epoch, index] for index in range(len(patches))]
@@ -422,7 +422,7 @@ def test_v_net_learns_a_volume_by_heart(monkeypatch, tmp_path):
         if isinstance(module, nn.Dropout3d):  # there to keep a network from learning by heart
             module.p = 0.0
     image, label = ball()
-    patches = PatchDataset(find_slices(write_stack(tmp_path, image, label)), 0, model.roi, augment=False)
+    patches = PatchDataset(find_slices(write_stack(tmp_path, image, label)), 0, model.roi, augment="none")
     objective = make_objective(TrainConfig(), model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0)
     for step in range(80):

@@ -21,10 +21,10 @@ from samlora.training.average import Average
 from samlora.training.config import TrainConfig
 from samlora.training.loop import optimizer_step, train
 from samlora.training.objectives import make_objective
-from samlora.training.schedule import learning_rate
+from samlora.training.schedule import Plateau, learning_rate
 from samlora.training.setup import make_fabric
 
-SCHEDULES = ("poly", "cosine", "step", "constant")
+SCHEDULES = ("poly", "cosine", "step", "constant", "plateau")
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,36 @@ def test_steps_fall_where_they_are_named():
     ours = rates("step", milestones=(40, 80), gamma=0.5)
     assert (ours[39], ours[40], ours[79], ours[80], ours[119]) == (2.0, 1.0, 1.0, 0.5, 0.5)
     assert set(rates("constant")[11:]) == {2.0}
+
+
+def test_a_plateau_is_that_of_pytorch():
+    losses = [3.0, 2.0, 2.5, 1.9999, 2.0, 2.1, 1.5, 1.6, 1.6, 1.6, 1.6, 1.6, 1.4, 1.4, 1.4, 1.4, 1.4]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.9, patience=2)
+    ours = Plateau(2, 0.9)
+    for loss in losses:
+        theirs.step(loss)
+        ours.update(loss - 0.25, ends_epoch=False)
+        ours.update(loss + 0.25, ends_epoch=True)
+        again = Plateau(2, 0.9)
+        again.restore(ours.state())
+        ours = again
+        assert ours.scale == pytest.approx(optimizer.param_groups[0]["lr"])
+    assert ours.scale < 0.9
+
+
+def test_a_stopped_run_falls_on_the_same_plateaus(config, tmp_path):
+    # The loss of a rate that hardly moves anything does not improve: every second epoch lowers it.
+    config = replace(config, schedule="plateau", schedule_gamma=0.5, schedule_patience=0, warmup=False, base_lr=1e-12)
+    config = replace(config, batch_size=1, augment="none")
+    parts = replace(config, output=str(tmp_path / "parts"))
+    train(replace(parts, max_iterations=5))
+    rates_of = []
+    for run in (train(config), train(replace(parts, resume=True))):
+        with open(run / "metrics.csv", newline="") as file:
+            rates_of.append([float(row["lr"]) for row in csv.DictReader(file)])
+    assert rates_of[0] == rates_of[1] and len(rates_of[0]) == 12
+    assert rates_of[0][:4] == [1e-12] * 4 and rates_of[0][-1] < 1e-12
 
 
 def test_a_run_follows_its_schedule(config):

@@ -27,7 +27,7 @@ from samlora.training.prompting import draw_objects
 
 TRAINED = [name for name, row in SYSTEMS.items() if row.trains]
 SLICES = [name for name in TRAINED if not SYSTEMS[name].volumetric]  # tests/test_patches.py has vnet learn by heart
-LONG = ("attention_unet", "mobile_sam", "samus")  # to learn by heart takes them more than ten seconds
+LONG = ("attention_unet", "lite_medsam", "mobile_sam", "samus")  # to learn by heart takes them more than ten seconds
 CPU = torch.device("cpu")
 MOST_STEPS = 150
 

@@ -20,6 +20,7 @@ from samlora.data.volume import write_case, write_slice
 from samlora.errors import InputError
 from samlora.model.methods import system_row
 from samlora.model.sam import build_sam
+from samlora.model.variants import VARIANTS
 from samlora.options import make, read_yaml, write_yaml
 from samlora.training.config import TrainConfig
 from samlora.training.loop import optimizer_step, train
@@ -266,7 +267,10 @@ def test_every_shipped_config_trains(name, config, tmp_path):
     row = system_row(shipped["system"])
     small = {"img_size": 64, "batch_size": 2, "max_iterations": 1, "val_cases": (), "val_fraction": 0.0, "compile": False}
     if not row.network:
-        small |= {"ckpt": "random", "vit_name": "vit_t" if row.variant == "vit_t" else "vit_ti"}
+        tiny = VARIANTS[shipped.get("vit_name", row.variant)].tiny
+        small |= {"ckpt": "random", "vit_name": shipped.get("vit_name", row.variant) if tiny else "vit_ti"}
+    if "cache_embeddings" in shipped:
+        small["cache_embeddings"] = str(tmp_path / "kept")
     values = shipped | small
     values |= {"root_path": config.root_path, "output": str(tmp_path), "num_classes": 2, "device": "cpu"}
     with contextlib.nullcontext() if row.network else pytest.warns(UserWarning, match="random weights"):

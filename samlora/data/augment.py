@@ -70,6 +70,25 @@ def sample_transform(generator: np.random.Generator) -> Transform:
     return Transform()
 
 
+def sample_flips(generator: np.random.Generator) -> Transform:
+    """LiteMedSAM's augmentation: a flip along each axis, each with probability 1/2."""
+    rows, columns = generator.random(2) < 0.5
+    if rows and columns:
+        return Transform(quarter_turns=2)
+    if rows:
+        return Transform(flip_axis=0)
+    return Transform(flip_axis=1) if columns else Transform()
+
+
+def no_transform(generator: np.random.Generator) -> Transform:
+    """No augmentation."""
+    return Transform()
+
+
+# The values of --augment, and what samples the transform of a sample.
+SAMPLERS = {"samed": sample_transform, "flips": sample_flips, "none": no_transform}
+
+
 @functools.lru_cache(maxsize=128)
 def rotation(height: int, width: int, angle: int) -> tuple[np.ndarray, np.ndarray]:
     """Source of each pixel of scipy.ndimage.rotate(order=0, reshape=False), and where that fills in 0.

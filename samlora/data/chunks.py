@@ -31,7 +31,7 @@ class ChunkDataset:
         shown: Collection[SliceFile],
         seed: int,
         depth: int,
-        augment: bool = True,
+        augment: str = "samed",
         decoded: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
     ):
         self._all, self._stacks = SliceDataset(slices, seed, augment, decoded), stacks(slices)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from samlora.data.augment import Transform, sample_transform
+from samlora.data.augment import SAMPLERS, Transform
 from samlora.data.grid import Geometry
 from samlora.data.opening import reading
 from samlora.data.volume import read_slice, stack_length
@@ -236,6 +236,7 @@ def fingerprint(slices: Sequence[SliceFile], skip: bool = False) -> str:
 class SliceDataset:
     """Samples by (epoch, index): a slice, and a transform that depends on seed, epoch and index alone.
 
+    augment: a key of `samlora.data.augment.SAMPLERS`.
     decoded: the same slices as `samlora.data.cache.SliceCache` keeps them, read instead of the files.
     """
 
@@ -243,7 +244,7 @@ class SliceDataset:
         self,
         slices: Sequence[SliceFile],
         seed: int,
-        augment: bool = True,
+        augment: str = "samed",
         decoded: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
     ):
         self.slices, self.seed, self.augment, self.decoded = list(slices), seed, augment, decoded
@@ -256,7 +257,7 @@ class SliceDataset:
 
     def transform(self, key: tuple[int, int]) -> Transform:
         """What is done to the sample of this (epoch, index)."""
-        return sample_transform(np.random.default_rng([self.seed, 2, *key])) if self.augment else Transform()
+        return SAMPLERS[self.augment](np.random.default_rng([self.seed, 2, *key]))
 
     def sample(self, key: tuple[int, int], transform: Transform) -> Sample:
         """The sample of this (epoch, index), in a transform of the caller's."""

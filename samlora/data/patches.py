@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from samlora.data.augment import Transform
+from samlora.data.augment import SAMPLERS, Transform
 from samlora.data.batch import transformed
 from samlora.data.dataset import Sample, SliceFile
 from samlora.errors import InputError
@@ -45,9 +45,10 @@ class PatchDataset:
     their centre, each class of the volume as often as the others; the rest lie anywhere. At a border a patch is moved
     inwards; a volume smaller than a patch is padded with 0, half of it on each side, as in prediction.
 
-    roi: (D, S, S), size of a patch in voxels. augment: quarter turns and flips in the plane. decoded: as of
-    SliceDataset; without it a patch takes the reading of D slices. Samples have an image (D, S, S), or (C, D, S, S)
-    where slices hold channels, and a label (D, S, S). Reads every slice once. Raises InputError for a slice that cannot
+    roi: (D, S, S), size of a patch in voxels. augment: as of SliceDataset, but "samed" is quarter turns and flips in
+    the plane: turns by less would bring in corners that no image has. decoded: as of SliceDataset; without it a patch
+    takes the reading of D slices. Samples have an image (D, S, S), or (C, D, S, S) where slices hold channels, and a
+    label (D, S, S). Reads every slice once. Raises InputError for a slice that cannot
     be read, a gap (`stacks`), or slices of several sizes in a volume.
     """
 
@@ -56,7 +57,7 @@ class PatchDataset:
         slices: Sequence[SliceFile],
         seed: int,
         roi: tuple[int, int, int],
-        augment: bool = True,
+        augment: str = "samed",
         decoded: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
         threads: int = 4,
     ):
@@ -93,9 +94,10 @@ class PatchDataset:
         image, label = np.pad(image, margins + [(0, 0)] * (image.ndim - 3)), np.pad(label, margins)
         if image.ndim == 4:  # files hold channels last, as pictures do
             image = np.ascontiguousarray(np.moveaxis(image, -1, 0))
-        transform = Transform()
-        if self.augment:  # the eight symmetries of a square; turns by less would bring in corners that no image has
+        if self.augment == "samed":
             transform = Transform(int(random.integers(4)), (None, 0)[random.integers(2)])
+        else:
+            transform = SAMPLERS[self.augment](random)
         where = ", ".join(f"{part.start}:{part.stop}" for part in (depth, rows, cols))
         return Sample(f"{case}[{where}]", image, label, transform, key)
 

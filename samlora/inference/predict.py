@@ -364,7 +364,7 @@ def _write(job: _Job, labels: Volume, names: dict[int, str]) -> None:
             write_volume(labels, file, palette=palette)
             continue
         # The segments of a DICOM SEG are numbered without gaps; a label map may have some.
-        segments = np.zeros(max(names, default=0) + 1, np.uint8)
+        segments = np.zeros(max(names, default=0) + 1, np.uint16)
         segments[list(names)] = range(1, len(names) + 1)
         numbered = dataclasses.replace(labels, array=segments[labels.array])
         write_dicom_seg(numbered, job.pair.images[0], file, list(names.values()), series=job.config.series)

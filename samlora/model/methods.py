@@ -99,6 +99,11 @@ SYSTEMS = {
         options=_LORA_OPTIONS,
         module="sam_lora_image_encoder",
     ),
+    "samed_decoder": System(
+        summary="SAMed with the image encoder frozen, so that its embeddings can be kept",
+        trains=_SEMANTIC_DECODER,
+        lora=False,
+    ),
     "samed_s": System(
         summary="SAMed with LoRA instead of full training in the decoder's transformer",
         trains=(
@@ -167,6 +172,24 @@ SYSTEMS = {
         objective="focal_dice_iou",
         prompting=Prompting("pt_box", box_jitter=10, sample_num=2, negative_num=1, max_objects=4, parts=True),
         options={"freeze": ("image_encoder", "prompt_encoder")},
+    ),
+    "lite_medsam": System(
+        summary="LiteMedSAM's fine-tuning: all parts train, with boxes; Dice, cross-entropy and IoU loss",
+        # Boxes touch the embeddings of their two corners alone.
+        trains=(
+            "image_encoder.*",
+            "!image_encoder.*head.*",
+            "prompt_encoder.point_embeddings.[23].weight",
+            "prompt_encoder.no_mask_embed.weight",
+            "mask_decoder.*",
+            _OTHER_HEADS,
+        ),
+        variant="lite_medsam",
+        lora=False,
+        prompts="only",
+        pixels=None,
+        objective="dice_bce_iou",
+        prompting=Prompting("box", box_jitter=5),
     ),
     "samlora_joint": System(
         summary="one LoRA encoder, two decoders: all classes without prompts, and one object by prompts",

@@ -40,8 +40,9 @@ class TrainConfig:
     seed: int = option(1234, "seed of everything random")
     system: str | None = option(
         None,
-        "what is trained (default samed). Without prompts: samed, samed_s, samed_h, mobile_sam; with prompts: "
-        "sam_lora, medsam, medsam_decoder, sam_prompt, msa, samus; both: samlora_joint; networks: unet, "
+        "what is trained (default samed). Without prompts: samed, samed_decoder, samed_s, samed_h, mobile_sam; with "
+        "prompts: sam_lora, medsam, medsam_decoder, sam_prompt, lite_medsam, msa, samus; both: samlora_joint; "
+        "networks: unet, "
         "attention_unet, segresnet, unetr, swin_unetr, vnet (docs/systems.md)",
     )
     module: str | None = option(
@@ -99,7 +100,11 @@ class TrainConfig:
     checkpointing: bool = option(
         False, "keep less for the backward pass and compute it again: less memory, a third more time, same gradients"
     )
-    augment: str = option("samed", "turns, flips and rotations as SAMed does, or none", ("samed", "none"))
+    augment: str = option(
+        "samed",
+        "samed: turns, flips and rotations; flips: along each axis by chance, as LiteMedSAM; or none",
+        ("samed", "flips", "none"),
+    )
     cache_embeddings: str | None = option(
         None,
         "folder for what the frozen part of the image encoder makes of the slices, up to its first block that "
@@ -115,10 +120,17 @@ class TrainConfig:
     save_interval: int = option(20, "epochs between the adapters that are kept as epoch_N.safetensors")
     num_workers: int | None = option(None, "processes that read slices (default: 0 on the CPU, up to 8 for a GPU)")
     schedule: str = option(
-        "poly", "how the learning rate falls after the warm-up; poly is SAMed's", ("poly", "cosine", "step", "constant")
+        "poly",
+        "how the learning rate falls after the warm-up; poly is SAMed's",
+        ("poly", "cosine", "step", "constant", "plateau"),
     )
     schedule_steps: tuple[int, ...] = option((), "optimizer steps at which --schedule step multiplies the rate")
-    schedule_gamma: float = option(0.1, "by what --schedule step multiplies the rate at each of --schedule_steps")
+    schedule_gamma: float = option(
+        0.1, "by what --schedule step multiplies the rate at each of --schedule_steps, and --schedule plateau"
+    )
+    schedule_patience: int = option(
+        5, "epochs without a better training loss after which --schedule plateau lowers the rate"
+    )
     clip_norm: float = option(0.0, "largest norm of a step's gradient; longer ones are shortened to it; 0: any")
     ema: float = option(0.0, "decay of a running average of the weights, which becomes the adapter; 0: no average")
     patience: int = option(0, "stop after this many validations in a row without a better Dice; 0: never")
@@ -157,7 +169,7 @@ class TrainConfig:
             raise InputError(f"--dice_param {self.dice_param} is not possible; give a weight from 0 to 1")
         if self.warmup_period < 0:
             raise InputError(f"--warmup_period {self.warmup_period} is not possible; give 0 or more steps")
-        for name in ("max_seconds", "clip_norm", "patience", "save_seconds", "save_steps"):
+        for name in ("max_seconds", "clip_norm", "patience", "save_seconds", "save_steps", "schedule_patience"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"--{name} {getattr(self, name)} is not possible; give 0 (off) or more")
         for name in ("box_jitter", "sample_num", "negative_num", "weight_decay"):

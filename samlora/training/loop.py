@@ -27,7 +27,7 @@ from samlora.training.embeddings import EmbeddingCache
 from samlora.training.objectives import Objective, make_objective
 from samlora.training.reading import BadSamples, Slices, read_batches, worker_died
 from samlora.training.run import Run
-from samlora.training.schedule import learning_rate
+from samlora.training.schedule import Plateau, learning_rate
 from samlora.training.setup import (
     Data,
     Plan,
@@ -90,7 +90,8 @@ def train_in(
     wrapped, optimizer = fabric.setup(torch.compile(model, dynamic=False) if config.compile else model, optimizer)
     bad = BadSamples(config.on_bad_sample == "skip", run.say)
     average = Average(model, config.ema)
-    state, made_from = State(fabric, model, optimizer, average, bad), origin(data, spec)
+    plateau = Plateau(config.schedule_patience, config.schedule_gamma)
+    state, made_from = State(fabric, model, optimizer, average, bad, plateau), origin(data, spec)
     with together(fabric):
         if config.resume:
             resume(run, state, made_from)
@@ -121,7 +122,7 @@ def train_in(
     with Stop() as stop, contextlib.closing(loader):  # on every way out its processes end
         while not (ended or stopped):
             epoch = state.step // plan.steps_per_epoch
-            row = {"step": state.step, "epoch": epoch, "lr": rate(config, plan, state.step)}
+            row = {"step": state.step, "epoch": epoch, "lr": rate(config, plan, state.step) * state.plateau.scale}
             for group in optimizer.param_groups:
                 group["lr"] = row["lr"] * group.get("lr_ratio", 1.0)
             try:
@@ -144,6 +145,8 @@ def train_in(
             )
             state.step += 1
             average.update(state.step)
+            if config.schedule == "plateau":
+                state.plateau.update(row["loss"], state.step % plan.steps_per_epoch == 0)
             bar.update()
             bar.set_postfix(epoch=epoch + 1, loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}")
 
@@ -181,7 +184,7 @@ def train_in(
 
 def read_slices(config: TrainConfig, data: Data, model: nn.Module, fabric) -> Slices:
     """The data set that a model trains on: slices, chunks of neighbouring ones, or patches of volumes."""
-    decoded, augment = None, config.augment != "none"
+    decoded, augment = None, config.augment
     if config.cache_samples is not None:
         decoded = shared_on_disk(fabric, lambda: SliceCache(config.cache_samples, data.train))
     with together(fabric):

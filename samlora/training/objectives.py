@@ -155,13 +155,20 @@ class FocalDiceIoU(Masks):
     def _each(self, masks, iou, objects):
         logits = masks.float().masked_fill(~objects.inside, _NOTHING)
         focal = self._focal_loss(logits[:, None], objects.targets[:, None])[:, 0]
-        drawn, truth = logits.detach() > 0, objects.targets > 0
-        shared, either = (drawn & truth).sum((1, 2)), (drawn | truth).sum((1, 2))
-        error = (iou.float() - shared / either.clamp(min=1)).square()
+        error = _iou_error(logits, iou, objects)
         return [focal.sum((1, 2)) / objects.inside.sum((1, 2)), self._dice(logits, objects.targets), error]
 
     def _sum(self, parts):
         return 20 * parts["loss_focal"] + parts["loss_dice"] + parts["loss_iou"]
+
+
+class DiceBceIoU(Masks):
+    """LiteMedSAM's fine-tuning loss: Dice + cross-entropy + squared error of the predicted IoU."""
+
+    parts = ("loss_dice", "loss_bce", "loss_iou")
+
+    def _each(self, masks, iou, objects):
+        return [*super()._each(masks, iou, objects), _iou_error(masks, iou, objects)]
 
 
 class Joint(Masks):
@@ -182,7 +189,14 @@ class Joint(Masks):
         return Losses((1 - ratio) * loss + ratio * prompted, parts, finite)
 
 
-OBJECTIVES = {"classes": Classes, "patches": Patches, "masks": Masks, "focal_dice_iou": FocalDiceIoU, "joint": Joint}
+OBJECTIVES = {
+    "classes": Classes,
+    "patches": Patches,
+    "masks": Masks,
+    "focal_dice_iou": FocalDiceIoU,
+    "dice_bce_iou": DiceBceIoU,
+    "joint": Joint,
+}
 
 
 def make_objective(config: TrainConfig, model: Sam | Baseline) -> Objective:
@@ -220,6 +234,13 @@ def _mean_of_masks(each: Sequence[Tensor], counts: Tensor, total: int | None) ->
     if total is not None:
         sums = sum_over_processes(sums)
     return list(sums[:-1] / sums[-1].detach().clamp(min=1))
+
+
+def _iou_error(masks: Tensor, iou: Tensor, objects: Objects) -> Tensor:
+    """Squared error (P,) of the IoU (P,) that was predicted for masks of logits (P, L, L); padding does not count."""
+    drawn, truth = (masks.detach() > 0) & objects.inside, objects.targets > 0
+    shared, either = (drawn & truth).sum((1, 2)), (drawn | truth).sum((1, 2))
+    return (iou.float() - shared / either.clamp(min=1)).square()
 
 
 def _finite(logits: Tensor) -> Tensor:

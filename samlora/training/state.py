@@ -10,6 +10,7 @@ from samlora.errors import InputError
 from samlora.model.checkpoint import adapter_tensors, load_trained
 from samlora.training.average import Average
 from samlora.training.reading import BadSamples
+from samlora.training.schedule import Plateau
 
 Origin = str | int | torch.Tensor
 FORMAT = 3
@@ -22,8 +23,17 @@ class State:
     augmentation and dropout need nothing: they depend on the seed, the step and the process alone.
     """
 
-    def __init__(self, fabric, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average, bad: BadSamples):
+    def __init__(
+        self,
+        fabric,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: Average,
+        bad: BadSamples,
+        plateau: Plateau,
+    ):
         self.fabric, self.model, self.optimizer, self.average, self.bad = fabric, model, optimizer, average, bad
+        self.plateau = plateau
         self.step, self.best, self.stale, self.seconds = 0, math.nan, 0, 0.0
 
     def validated(self, dice: float) -> bool:
@@ -42,6 +52,7 @@ class State:
             "best": self.best,
             "stale": self.stale,
             "seconds": self.seconds,
+            "plateau": self.plateau.state(),
             "bad_samples": dict(self.bad.counts),
             "model": adapter_tensors(self.model),
             "average": self.average.tensors,
@@ -58,5 +69,6 @@ class State:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.fabric.strategy.precision.load_state_dict(saved["loss_scale"])
         self.bad.counts = dict(saved["bad_samples"])
+        self.plateau.restore(saved.get("plateau", {}))  # states of versions without this schedule have none
         self.step, self.best, self.stale = saved["step"], saved["best"], saved["stale"]
         self.seconds = saved["seconds"]

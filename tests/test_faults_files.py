@@ -241,6 +241,26 @@ def test_label_files_without_names_among_others_are_named(named):
         prepare(named, named.parent / "d", recipe(["liver", "spleen"]), workers=1)
 
 
+def test_a_dataset_json_serves_label_maps_without_names(named, tmp_path):
+    """A set of both kinds: its own names go before those of the folder, which serve the rest."""
+    (named / "labels/p2.seg.nrrd").unlink()
+    nrrd(named / "labels/p2.nrrd", organs(7, 8))
+    (named / "dataset.json").write_text('{"labels": {"background": 0, "liver": 7, "spleen": 8}}')
+    assert {(found.name, found.value, found.cases) for found in plan(named).classes} == {
+        ("liver", "liver", 3),
+        ("spleen", "spleen", 3),
+    }
+    for n, classes in enumerate(({}, ["liver", "spleen"])):
+        assert voxels(named, tmp_path / f"d{n}", classes)[0] == [[LIVER_VOXELS, SPLEEN_VOXELS]] * 3
+
+
+def test_a_folder_per_case_as_3d_slicer_saves_it(tmp_path):
+    for n in range(2):
+        nrrd(tmp_path / f"s/p{n}/2 CT Abdomen.nrrd", scan(n))
+        nrrd(tmp_path / f"s/p{n}/Segmentation.seg.nrrd", organs(n + 1, 2 - n), [("liver", n + 1, 0), ("spleen", 2 - n, 0)])
+    assert voxels(tmp_path / "s", tmp_path / "d", ["liver", "spleen"])[0] == [[LIVER_VOXELS, SPLEEN_VOXELS]] * 2
+
+
 def test_palettes_that_differ_are_found_by_check(tmp_path):
     """Colours are a table too: Pillow numbers the colours of a picture by how often they occur."""
     for n, colours in enumerate(((255, 0, 0, 0, 255, 0), (0, 255, 0, 255, 0, 0))):

@@ -122,9 +122,10 @@ def test_any_multiple_of_16(state, size):
 
 
 def by_hand(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """TinyViT written out, from its published weights; for images so small that there is one window."""
-    weights = encoder.state_dict()
+    """TinyViT written out, from its published weights, one window after the other."""
+    weights = dict(encoder.named_parameters()) | dict(encoder.named_buffers())
     functional = nn.functional
+    stride = 2 if encoder.patch_embed.seq[0].c.kernel_size == (3, 3) else 1
 
     def convolution(x, name, stride=1):
         kernel = weights[f"{name}.c.weight"]
@@ -140,9 +141,18 @@ def by_hand(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
         return functional.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
 
     def attention(x, name, heads, window):
-        # One window, zeros where there is no image; the offsets of a bias are numbered as they are met.
-        batch, height, width, channels = x.shape
-        x = functional.pad(x, (0, 0, 0, window - width, 0, window - height)).flatten(1, 2)
+        height, width = x.shape[1:3]
+        x = functional.pad(x, (0, 0, 0, -width % window, 0, -height % window))
+        rows = [
+            torch.cat([of_window(part, name, heads, window) for part in row.split(window, dim=2)], dim=2)
+            for row in x.split(window, dim=1)
+        ]
+        return torch.cat(rows, dim=1)[:, :height, :width]
+
+    def of_window(x, name, heads, window):
+        # Zeros where there is no image; the offsets of a bias are numbered as they are met.
+        batch, _, _, channels = x.shape
+        x = x.flatten(1, 2)
         qkv = linear(norm(x, f"{name}.norm"), f"{name}.qkv").view(batch, window**2, heads, 3, channels // heads)
         q, k, v = (qkv[:, :, :, i].transpose(1, 2) for i in range(3))
         place = torch.cartesian_prod(torch.arange(window), torch.arange(window))
@@ -150,10 +160,15 @@ def by_hand(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
         bias = weights[f"{name}.attention_biases"][:, offset[..., 0] * window + offset[..., 1]]
         shares = (q @ k.transpose(-2, -1) / (channels // heads) ** 0.5 + bias).softmax(dim=-1)
         out = linear((shares @ v).transpose(1, 2).flatten(2), f"{name}.proj")
-        return out.view(batch, window, window, channels)[:, :height, :width]
+        return out.view(batch, window, window, channels)
+
+    def pixel_norm(x, name):
+        mean, variance = x.mean(dim=1, keepdim=True), x.var(dim=1, keepdim=True, correction=0)
+        scale, shift = (weights[f"{name}.{n}"][:, None, None] for n in ("weight", "bias"))
+        return (x - mean) / (variance + 1e-6).sqrt() * scale + shift
 
     gelu = functional.gelu
-    x = convolution(gelu(convolution(images, "patch_embed.seq.0", 2)), "patch_embed.seq.2", 2)
+    x = convolution(gelu(convolution(images, "patch_embed.seq.0", stride)), "patch_embed.seq.2", stride)
     for stage, (depth, heads, window) in enumerate(zip(DEPTHS, HEADS, WINDOWS)):
         for block in range(depth):
             name = f"layers.{stage}.blocks.{block}"
@@ -170,14 +185,61 @@ def by_hand(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
             x = gelu(convolution(x, f"{name}.conv1"))
             x = gelu(convolution(x, f"{name}.conv2", 1 if stage == 2 else 2))
             x = convolution(x, f"{name}.conv3")
-    return encoder.neck(x)
+    x = pixel_norm(functional.conv2d(x, weights["neck.0.weight"]), "neck.1")
+    return pixel_norm(functional.conv2d(x, weights["neck.2.weight"], padding=1), "neck.3")
 
 
-@pytest.mark.parametrize("size", [32, 48])
+@pytest.fixture
+def lite(state):
+    """LiteMedSAM's encoder, whose patch embedding alone has other shapes than MobileSAM's."""
+    encoder, own = TinyEncoder(VARIANTS["lite_medsam"], 64), {}
+    for name, tensor in encoder.state_dict().items():
+        given = state[f"image_encoder.{name}"]
+        own[name] = given if given.shape == tensor.shape else given[:, :, 1:2, 1:2]
+    encoder.load_state_dict(own)
+    return encoder
+
+
+def assert_computes_tinyvit(encoder, images):
+    """With and without a graph, and every gradient."""
+    encoder.eval()
+    with torch.inference_mode():
+        without_graph = encoder(images)
+    results = []
+    for network in (encoder, lambda x: by_hand(encoder, x)):
+        encoder.zero_grad()
+        shown = images.clone().requires_grad_()
+        out = network(shown)
+        (out * torch.linspace(-1, 2, out.numel()).view(out.shape)).sum().backward()
+        gradients = {n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None}
+        results.append((out.detach(), gradients | {"images": shown.grad}))
+    (found, gradients), (expected, wanted) = results
+    torch.testing.assert_close(without_graph, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        near = 1e-3 * gradient.abs().max().item()
+        torch.testing.assert_close(gradients[name], gradient, atol=near, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("size", [32, 48, 128])
 def test_it_computes_tinyvit(encoder, size):
-    images = torch.rand(2, 3, size, size)
-    with torch.no_grad():
-        torch.testing.assert_close(encoder.eval()(images), by_hand(encoder, images), atol=1e-5, rtol=1e-4)
+    assert_computes_tinyvit(encoder.requires_grad_(True), torch.rand(2, 3, size, size))
+
+
+@pytest.mark.parametrize("size", [36, 128])
+def test_it_computes_litemedsam(lite, size):
+    images = torch.rand(1, 3, size, size)
+    assert_computes_tinyvit(lite, images)
+    with torch.no_grad():  # nothing of the weights before may be remembered
+        for tensor in lite.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.mul_(1.1)
+    assert_computes_tinyvit(lite, images)
+    lite.requires_grad_(False)
+    lite.load_state_dict({n: t / 1.1 if t.is_floating_point() else t for n, t in lite.state_dict().items()})
+    with torch.inference_mode():
+        torch.testing.assert_close(lite(images), by_hand(lite, images), atol=1e-5, rtol=1e-4)
 
 
 def test_evaluating_leaves_nothing_behind(encoder, state):

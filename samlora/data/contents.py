@@ -5,9 +5,6 @@ import gzip
 import zlib
 from pathlib import Path
 
-from samlora.errors import InputError
-from samlora.files import foreign_content
-
 NIFTI, ANALYZE, MGH, NRRD, META = "NIfTI", "Analyze", "MGH", "NRRD", "MHA"
 PICTURE, NPY, NPZ, HDF5, DICOM = "picture", "npy", "npz", "HDF5", "DICOM"
 _MARKS = {
@@ -44,15 +41,7 @@ def opened(path: Path):
 
 
 def content(path: Path) -> str | None:
-    """The kind of image that a file holds; None where its first bytes do not say it.
-
-    Raises InputError for a file that stands for another one: a pointer of Git LFS, a web page.
-    """
-    if not path.stat().st_size:
-        return None
-    foreign = foreign_content(path)
-    if foreign is not None:
-        raise InputError(f"{path}: {foreign}")
+    """The kind of image that a file holds; None where its first bytes do not say it."""
     try:
         with opened(path) as file:
             head = file.read(_HEAD)

@@ -35,7 +35,7 @@ def _any(words: Iterable[str]) -> str:
 
 _LABEL_AFTER = re.compile(rf"(.+?){_GAP}({_any(LABEL_WORDS)})(?:{_GAP}?\d{{1,3}})?", re.I)
 _LABEL_BEFORE = re.compile(rf"{_any(LABEL_WORDS)}(?:{_GAP}+(.+)|(\d.*))", re.I)
-_LABEL_ALONE = re.compile(_any(LABEL_WORDS), re.I)
+_LABEL_ALONE = re.compile(rf"{_any(LABEL_WORDS)}(?:\.seg)?", re.I)  # 3D Slicer: Segmentation.seg.nrrd
 _IMAGE_AFTER = re.compile(rf"(.+?){_GAP}{_any(set(IMAGE_WORDS) - set(_MODALITIES))}", re.I)
 _IMAGE_BEFORE = re.compile(rf"{_any(IMAGE_WORDS)}(?:{_GAP}+(.+)|(\d.*))", re.I)
 _NUMBERED = re.compile(r"(.+)_(\d{4})")  # nnU-Net numbers the channels of a case

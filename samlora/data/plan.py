@@ -19,7 +19,7 @@ from samlora.data.layouts import Layout, find_pairs
 from samlora.data.pictures import PICTURES
 from samlora.data.plan_looks import AIR, SOFT, ImageLook, LabelLook, look_at_image, look_at_label
 from samlora.data.plan_text import Found, Plan
-from samlora.data.sources import ignored_values
+from samlora.data.sources import folder_names, ignored_values
 from samlora.errors import InputError
 from samlora.files import whole
 
@@ -101,7 +101,12 @@ def _choose_classes(made: Plan) -> None:
         threshold, reason = SOFT, f"masks hold {_listed(totals)} for one thing: what is above belongs to it"
     if threshold is not None:
         made.choices["mask_threshold"], made.reasons["mask_threshold"] = threshold, reason
-    by_case = _one_spelling([_classes_of(look, threshold) for look in looks])
+    by_case = [_classes_of(look, threshold) for look in looks]
+    own = threshold is None and any(look.names for look in looks)
+    if own:  # what names no values itself goes by the folder's names then
+        named = folder_names(layout)
+        by_case = [{named.get(value, value): count for value, count in shown.items()} for shown in by_case]
+    by_case = _one_spelling(by_case)
     found = {value for shown in by_case for value in shown}
     ignored = ignored_values(found, layout.ignored) if threshold is None else set()
     if ignored - set(layout.ignored):
@@ -115,7 +120,7 @@ def _choose_classes(made: Plan) -> None:
     names = {value: value if isinstance(value, str) else _called(value, layout) for value in values}
     if threshold is not None and "" in looks[0].values:
         names = {1: "foreground"}
-    elif layout.classes:
+    elif layout.classes and not own:
         groups = {name: group for name, group in layout.classes.items() if any(group)}
         listed = [value for group in groups.values() for value in group]
         if len(set(listed)) == len(listed) and all(len(group) == 1 for group in groups.values()):
@@ -149,7 +154,9 @@ def _choose_classes(made: Plan) -> None:
     for text in contradictions(tables):
         made.notes.append(f"label values differ from file to file, so classes go by name: {text}")
     if tables and len(tables) < len(looks):
-        without = [look.case for look in looks if not look.names and any(look.values.get("", {}))]
+        known = folder_names(layout)
+        silent = [look for look in looks if not look.names]
+        without = [look.case for look in silent if any(v and v not in known for v in look.values.get("", {}))]
         if without:
             text = f"label files without names of their values beside others that have them: {_listed(without)}"
             made.notes.append(f"{text}; their values are classes of their own")

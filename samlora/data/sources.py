@@ -245,7 +245,7 @@ def resolve_classes(
         classes = {name: (name,) for name in structures}
     elif recipe.mask_threshold is not None:
         classes = {"foreground": (1,)}
-    elif layout.classes:
+    elif layout.classes and not _own_structures(layout.pairs):
         classes = {name: tuple(group) for name, group in layout.classes.items()}
         listed = [value for group in classes.values() for value in group]
         if len(set(listed)) != len(listed):
@@ -258,6 +258,11 @@ def resolve_classes(
         own = {}
         for name in sorted(value for value in found if isinstance(value, str)):
             own.setdefault(plain(name), name)
+        if own:  # label maps without names of their own go by the folder's
+            named = folder_names(layout)
+            for name in (named[value] for value in sorted(numbers & named.keys())):
+                own.setdefault(plain(name), name)
+            numbers -= named.keys()
         classes = {layout.names.get(value, f"label_{value}"): (value,) for value in sorted(numbers)}
         classes |= {name: (name,) for key, name in own.items() if key != "background"}
     if not 0 < len(classes) < 256:
@@ -393,6 +398,11 @@ def _grouped(folder: Path, images: dict[str, Path]) -> list[Pair]:
     if not tags:
         return [Pair(name, (path,), None) for name, path in images.items()]
     return [Pair(case, tuple(channels[tag] for tag in tags), None) for case, channels in cases.items()]
+
+
+def folder_names(layout: Layout) -> dict[int, str]:
+    """What a folder calls the values of label maps that do not name them themselves."""
+    return dict(layout.names) or {group[0]: name for name, group in layout.classes.items() if len(group) == 1}
 
 
 def _own_structures(pairs: Sequence[Pair]) -> dict[str, str]:

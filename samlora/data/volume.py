@@ -29,7 +29,7 @@ from samlora.data.grid import Volume, integers
 from samlora.data.opening import check_finite, reading, writing
 from samlora.data.pictures import PICTURES, read_picture, write_picture
 from samlora.errors import InputError, MissingFileError
-from samlora.files import find_file, same_name
+from samlora.files import find_file, foreign_content, same_name
 
 __all__ = [
     "VOLUMES",
@@ -168,14 +168,12 @@ def write_volume(
 
 
 def _read(path: Path, labels: bool, series: str | int | None, threshold: float | None) -> Volume:
-    if path.is_dir():
-        kind = contents.DICOM
-    elif path.name.lower().endswith(".img"):  # voxels without a head: what they are stands beside them
-        kind = contents.ANALYZE
-    else:
-        kind = contents.content(path) or _kind_by_ending(path.name.lower())
-    if kind is not None and path.is_file() and not path.stat().st_size:
-        raise InputError(f"{path}: cannot be read as {kind}: it is empty; copy or download it again")
+    kind = contents.DICOM if path.is_dir() else _kind_by_ending(path.name.lower())
+    if path.is_file() and not path.name.lower().endswith(".img"):  # of voxels alone the first bytes say nothing
+        foreign = foreign_content(path)
+        if foreign is not None and kind is not None:
+            raise InputError(f"{path}: cannot be read as {kind}: it {foreign}")
+        kind = contents.content(path) or kind
     if kind == contents.DICOM:
         # Beside the slices of an image, a segmentation is what is meant by labels.
         file = segmentation_file(path) if (labels and series is None) or not path.is_dir() else None

@@ -42,7 +42,7 @@ def check_prompts(points, labels, box, mask, shape: tuple[int, int], low_side: i
     return Asked(points, labels, boxes, masks, counts.pop(), any(array.ndim == axes for array, axes in there))
 
 
-def _numbers(given, what: str, dtype: type) -> np.ndarray:
+def _numbers(given, what: str, dtype: type | None) -> np.ndarray:
     """What a caller gives, an array, a list or a tensor, as an array. Raises InputError where it holds no numbers."""
     try:
         return np.asarray(given, dtype)
@@ -60,8 +60,7 @@ def _checked_points(points, labels, width: int, height: int) -> tuple[np.ndarray
     points = _numbers(points, "points", np.float64)
     if points.ndim not in (2, 3) or points.shape[-1] != 2 or not points.size:
         raise InputError(f"points of shape {points.shape}: (N, 2), or (P, N, 2) for P prompts, is needed")
-    given = np.ones(points.shape[:-1]) if labels is None else labels
-    labels = _numbers(given, "labels", np.float64)
+    labels = np.ones(points.shape[:-1], np.int64) if labels is None else _numbers(labels, "labels", None)
     if labels.shape != points.shape[:-1]:
         raise InputError(
             f"labels of shape {labels.shape} for points of shape {points.shape}; one label a point is needed"

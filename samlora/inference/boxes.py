@@ -55,22 +55,23 @@ class BoxSegmenter:
         self, pair: Pair, case: Case, progress: Callable[[int], object] | None = None
     ) -> tuple[np.ndarray, dict[int, str]]:
         boxes, names = self._source.boxes(pair, case)
-        return label_by_boxes(self._predictor, case, boxes, self._propagate, progress), names
+        if not boxes:
+            return np.zeros(case.image.shape[:3], np.uint8), names
+        self._predictor.set_image(case, _given_on(boxes[0], self._propagate)[0])
+        return label_by_boxes(self._predictor, boxes, self._propagate, progress), names
 
 
 def label_by_boxes(
     predictor: Predictor,
-    case: Case,
     boxes: Sequence[Box],
     propagate: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
-    """The label map of a case by boxes. Where masks overlap, the one of the highest logit wins.
+    """The label map of an image by boxes. Where masks overlap, the one of the highest logit wins.
 
     Args:
-        predictor: Answers the boxes; `case` becomes its image.
-        case: The slices.
-        boxes: On slices of the case, in its pixels.
+        predictor: Holds the image and answers the boxes.
+        boxes: On slices of the image, in its pixels.
         propagate: A box is given on its slice, of several slices on the middle one, and the mask
             is carried to the other slices (`samlora.inference.propagate`): of several slices to
             the ends of them, of one until the object ends. Otherwise a box is given on each of
@@ -80,16 +81,13 @@ def label_by_boxes(
     Returns:
         Labels (D, H, W) uint8, 0 is background.
     """
-    if not boxes:
-        return np.zeros(case.image.shape[:3], np.uint8)
     by_slice: dict[int, list[Box]] = {}
     for box in boxes:
         for index in _given_on(box, propagate):
             by_slice.setdefault(index, []).append(box)
-    predictor.set_image(case, min(by_slice))
     canvas = _Canvas(predictor)
     starts: dict[int, list[tuple[Box, np.ndarray]]] = {}
-    for index in range(len(case.image)):
+    for index in range(len(predictor)):
         if on_slice := by_slice.get(index):
             answer = predictor.predict(box=np.array([box.corners for box in on_slice]), index=index)
             for box, mask, logits in zip(on_slice, answer.masks[:, 0], answer.logits[:, 0]):

@@ -17,7 +17,9 @@ _SIDES = re.compile(
     r"sinist(?:er|ra|rum|ro)|dext(?:er|ra|rum)|destr[oa]|sin|dex"
 )
 _SIDE_SIGNS = re.compile("[左右]")
-_EXCHANGED = 0.2  # of what both views draw; views of a class without sides differ at its edges
+# Of what both views draw. Measured: 0.94 to 1 for a model that knows left and right by their place, 0.24 for random
+# weights.
+_EXCHANGED = 1 / 3
 _SEEN_IN_BOTH = 0.5  # Dice of the foregrounds of two views, below which they agree on nothing
 
 

@@ -395,7 +395,7 @@ def _write(job: _Job, labels: Volume, names: dict[int, str]) -> tuple[list[str],
             written.append(name)
             continue
         # The segments of a DICOM SEG are numbered without gaps; a label map may have some.
-        segments = np.zeros(max(names, default=0) + 1, np.uint8)
+        segments = np.zeros(max(names, default=0) + 1, np.uint16)
         segments[list(names)] = range(1, len(names) + 1)
         numbered = dataclasses.replace(labels, array=segments[labels.array])
         try:

@@ -18,7 +18,7 @@ def check_automatic(model: nn.Module, adapter: object) -> None:
     if not system_row(model.spec.system).automatic:
         raise InputError(
             f"{adapter}: its system, {model.spec.system}, answers prompts and draws nothing without them; "
-            "use samlora app, samlora evaluate-prompts or samlora.Predictor"
+            "use samlora predict --boxes, samlora app, samlora evaluate-prompts or samlora.Predictor"
         )
 
 

@@ -30,7 +30,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         raise MissingFileError(missing if is_folder else f"{missing}; check the path")
     foreign = foreign_content(path)
     if foreign is not None:
-        raise InputError(f"{path}: {foreign}")
+        raise InputError(f"{path}: cannot be read as weights: it {foreign}")
     metadata: dict[str, str] = {}
     try:
         if _is_safetensors(path):
@@ -43,7 +43,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
             with open(path, "rb") as file:  # of a path PyTorch would look at the ending
                 tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds of errors on broken files
-        raise InputError(f"{path}: {_why_unreadable(error, path)}") from None
+        raise InputError(f"{path}: cannot be read as weights: it {_why_unreadable(error, path)}") from None
     tensors = _unwrapped(tensors)
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"{path}: holds something else than named tensors; give a file of weights")
@@ -100,7 +100,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _why_unreadable(error: Exception, path: Path) -> str:
-    """What a library's error means to a user, without its path: the end of a message that begins with that."""
+    """What a library's error means to a user: the end of a message about a file, "it ..."."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class) ([\w.]+)", text)
     if found or "weights_only" in text and "TorchScript" not in text and "persistent" not in text:
@@ -117,7 +117,8 @@ def _why_unreadable(error: Exception, path: Path) -> str:
         return "is a text file, not a file of weights; fetch or save it again"
     line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     sentence = re.split(r"(?<=[.!?])\s", line)[0].rstrip(".")
-    return f"cannot be read as weights ({textwrap.shorten(sentence, 160, placeholder=' ...')}); fetch or save it again"
+    short = textwrap.shorten(sentence, 160, placeholder=" ...")
+    return f"is damaged or of another kind ({short}); fetch or save it again"
 
 
 def compare_shapes(

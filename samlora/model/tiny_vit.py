@@ -125,7 +125,8 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(self.norm(windows)).view(*windows.shape[:2], self.num_heads, 3, -1)
         q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)
         # With a mask of less than four dimensions PyTorch computes the attention step by step on a CPU.
-        bias = self.attention_biases[:, self.bias_index].to(q.dtype)[None]
+        bias = self.attention_biases.index_select(1, self.bias_index.flatten())
+        bias = bias.view(1, self.num_heads, window * window, window * window).to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, bias)
         out = self.proj(out.transpose(1, 2).reshape(windows.shape))
         out = out.view(batch, rows, cols, window, window, channels).transpose(2, 3)

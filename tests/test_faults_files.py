@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from test_dicom import write_series
 
 from samlora.cli import main
 from samlora.data.check import check
@@ -23,7 +24,7 @@ from samlora.data.plan import plan
 from samlora.data.prepare import prepare
 from samlora.data.recipe import Recipe
 from samlora.data.sources import find_images, ignored_values, left_out
-from samlora.data.volume import read_case, read_label_names, read_volume, stem, write_volume
+from samlora.data.volume import read_case, read_label_names, read_volume, stem, write_dicom_seg, write_volume
 from samlora.errors import InputError
 from samlora.evaluation.folders import evaluate_folders
 from samlora.evaluation.names import ignored_labels
@@ -258,6 +259,25 @@ def test_a_folder_per_case_as_3d_slicer_saves_it(tmp_path):
     for n in range(2):
         nrrd(tmp_path / f"s/p{n}/2 CT Abdomen.nrrd", scan(n))
         nrrd(tmp_path / f"s/p{n}/Segmentation.seg.nrrd", organs(n + 1, 2 - n), [("liver", n + 1, 0), ("spleen", 2 - n, 0)])
+    assert voxels(tmp_path / "s", tmp_path / "d", ["liver", "spleen"])[0] == [[LIVER_VOXELS, SPLEEN_VOXELS]] * 2
+
+
+def test_segments_of_dicom_go_by_their_names(tmp_path):
+    """Another member: DICOM segmentations whose segments are numbered otherwise from patient to patient."""
+    pytest.importorskip("highdicom")
+    for n in range(2):
+        series = tmp_path / f"s/images/p{n}"
+        series.parent.mkdir(parents=True, exist_ok=True)
+        write_series(series, np.ascontiguousarray(scan(n).transpose(2, 1, 0)), RescaleSlope=1, RescaleIntercept=0)
+        image = read_volume(series)
+        label = np.zeros(image.array.shape, np.uint8)
+        label[LIVER], label[SPLEEN] = n + 1, 2 - n
+        labels = Volume(label, image.affine)
+        (tmp_path / "s/labels").mkdir(exist_ok=True)
+        names = ["liver", "spleen"] if n == 0 else ["spleen", "liver"]
+        write_dicom_seg(labels, series, tmp_path / f"s/labels/p{n}.dcm", names)
+    assert [found.name for found in plan(tmp_path / "s").classes] == ["liver", "spleen"]
+    assert "1 is liver in p0, spleen in p1" in str(check(tmp_path / "s"))
     assert voxels(tmp_path / "s", tmp_path / "d", ["liver", "spleen"])[0] == [[LIVER_VOXELS, SPLEEN_VOXELS]] * 2
 
 

@@ -177,8 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config |= {"margin_of_carried_boxes": MARGIN}
     what = "Dice by boxes from reference labels, without training"
     record = heading(what, torch.device("cpu"), config)
-    former = json.loads(args.output.read_text(encoding="utf-8")) if args.add else {"sets": {}}
-    record["sets"] = former["sets"]
+    record["sets"] = {}
+    if args.add and args.output.exists():
+        record["sets"] = json.loads(args.output.read_text(encoding="utf-8"))["sets"]
     for name in args.sets:
         record["sets"][name] = measure_set(predictor, name, args.data)
         write_record(record, args.output)

@@ -14,3 +14,7 @@ class MissingFileError(InputError, FileNotFoundError):
 
     def __str__(self) -> str:  # OSError's own form would show a tuple
         return str(self.args[0]) if self.args else ""
+
+
+class NoSegmentationError(InputError):
+    """The source of a DICOM segmentation is none that a segmentation can refer to."""

@@ -1,15 +1,18 @@
-"""Writing files whole or not at all, and finding the files that ship with samlora."""
+"""Writing files whole or not at all, reading text that people edit, and finding files by their names."""
 
+import codecs
 import contextlib
 import errno
 import os
 import re
 import secrets
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 from samlora.errors import InputError, MissingFileError
 
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x19\x1b-\x1f]")  # none of these stands in a text
 _PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EISDIR)
 
 
@@ -80,6 +83,107 @@ def identity(path: Path) -> list:
     stats = [file.stat() for file in files]
     changed = max((s.st_mtime_ns for s in stats), default=0)
     return [path.name, len(files), sum(s.st_size for s in stats), changed]
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a file that people may have edited, with "\\n" at the ends of its lines.
+
+    UTF-8, UTF-16 and UTF-32, with or without a byte order mark; what is none of these is read as Windows' western
+    code page. Raises MissingFileError or InputError: no such file, a folder, not readable, or no text at all.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a text file") from None
+    for codec in _codecs(content):
+        try:
+            text = content.decode(codec)
+        except UnicodeDecodeError:
+            continue
+        if not _CONTROL.search(text):
+            return text.replace("\r\n", "\n").replace("\r", "\n")
+    raise InputError(f"{path}: is no text; save it as UTF-8")
+
+
+def foreign_content(path: str | os.PathLike) -> str | None:
+    """What a file is that holds nothing but a note about the file that was wanted, and what to do; None for others.
+
+    The end of a message that begins with the path. Empty files, pointers of Git LFS and git-annex, pages and messages
+    of web servers, and downloads of which only the place on the disk was made.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(2048)
+    except OSError:
+        return None  # whoever reads it says what is wrong
+    if not head:
+        return "is empty; copy or download it again"
+    if not any(head):
+        only_zeros = len(head) == 2048 or len(head) == os.path.getsize(path)
+        return "begins with zeros only, as an interrupted download does; download it again" if only_zeros else None
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()[:512].lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull"
+    if b"annex/objects/" in start and b"\0" not in head:
+        return "is a git-annex pointer, not the file itself; fetch the file with: git annex get"
+    if re.match(rb"<(!doctype html|html|head|body|!--)", start) or (start.startswith(b"<?xml") and b"<html" in start):
+        return "is a web page, not the file itself; download the file again, in a browser if that needs a login"
+    if re.match(rb"(<\?xml[^>]*>\s*)?<error>", start) or re.match(rb'\{\s*"(error|message|detail)', start):
+        return "is the message of a web server, not the file itself; download the file again"
+    return None
+
+
+def _codecs(content: bytes) -> tuple[str, ...]:
+    """The encodings that a text may have, the likeliest first."""
+    # The mark of UTF-32 begins like that of UTF-16.
+    for mark, codec in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")):
+        if content.startswith(mark):
+            return (codec,)
+    for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if content.startswith(mark):
+            return ("utf-16",)
+    if b"\0" in content:  # western letters in UTF-16 have a zero as their high byte
+        even, odd = content[0::2].count(0), content[1::2].count(0)
+        if max(even, odd) < 0.7 * (len(content) // 2):
+            return ()
+        return ("utf-16-le",) if odd > even else ("utf-16-be",)
+    return ("utf-8-sig", "cp1252", "latin-1")
+
+
+def as_path(path: str | os.PathLike) -> Path:
+    """`path` as a Path. Raises InputError for what is none, such as an array or None."""
+    try:
+        return Path(path)
+    except TypeError:
+        kind = "None" if path is None else f"something of type {type(path).__name__}"
+        raise InputError(f"the path of a file or folder is needed, not {kind}") from None
+
+
+def same_name(name: str) -> str:
+    """A name in the form in which names are compared: Unicode NFC, as some systems store names decomposed."""
+    return unicodedata.normalize("NFC", name)
+
+
+def find_file(path: str | os.PathLike) -> Path:
+    """The file or folder at `path`, also where its name is written otherwise: another Unicode form, or upper case.
+
+    `path` itself where there is none, or several that differ in upper and lower case only.
+    """
+    path = as_path(path)
+    if path.exists() or path.parent == path:
+        return path
+    folder = find_file(path.parent)
+    if not folder.is_dir():
+        return path
+    beside = [entry for entry in folder.iterdir() if not entry.name.startswith(".part-")]
+    for form in (same_name, lambda name: same_name(name).casefold()):
+        found = [entry for entry in beside if form(entry.name) == form(path.name)]
+        if len(found) == 1:
+            return found[0]
+    return path
 
 
 def shipped(folder: str) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from samlora.errors import InputError, MissingFileError
-from samlora.files import shipped, whole
+from samlora.files import read_text, shipped, whole
 
 Options = TypeVar("Options")
 _NAMED = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
@@ -89,8 +89,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             )
         path = shipped("configs") / f"{path}.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that is none
+        values = yaml.safe_load(read_text(path))
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{path}: is not YAML ({reason}); correct it") from None
     if not isinstance(values, dict):

@@ -157,7 +157,7 @@ BROKEN = {
     "another kind": (
         "a.png",
         False,
-        lambda p: _save(GRAY)(p.with_suffix(".gif")) or p.with_suffix(".gif").rename(p),
+        lambda p: _save(GRAY)(p.with_suffix(".ppm")) or p.with_suffix(".ppm").rename(p),
         "cannot",
     ),
     "truncated png": ("a.png", False, _shortened, "truncated"),

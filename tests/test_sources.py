@@ -148,7 +148,7 @@ REAL = {  # folder -> mask_threshold, cases, test cases, class -> voxels
     "ultrasound/busi": (None, 1, 0, {"label_1": 246}),
     "ultrasound/nerves_vessels": (None, 49, 8, {"label_1": 334245 + 67999, "label_2": 353717 + 164143}),
     "xray/hip": (0.5, 3, 0, {"foreground": 15589 + 13760 + 12054}),
-    "dicom_ct": (None, 1, 0, {"label_5": 366708, "label_1": 130634, "label_52": 11723}),
+    "dicom_ct": (None, 1, 0, {"liver": 366708, "spleen": 130634, "aorta": 11723}),
 }
 
 

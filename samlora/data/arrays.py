@@ -35,7 +35,7 @@ def read_array(path: Path, labels: bool) -> Volume:
     """
     name, spacing = path.name.lower(), None
     if name.endswith(".h5"):
-        return _read_h5(path, labels)
+        return read_h5(path, labels)
     with reading(path, "npz archive" if name.endswith(".npz") else "npy array"), _parsing:
         array = np.load(path, allow_pickle=False)
         if isinstance(array, np.lib.npyio.NpzFile):
@@ -180,7 +180,8 @@ def write_case(case: Case, path: str | os.PathLike) -> None:
         temporary.write_bytes(content.getbuffer())
 
 
-def _read_h5(path: Path, labels: bool) -> Volume:
+def read_h5(path: Path, labels: bool) -> Volume:
+    """Reads `image`, or `label`, of an HDF5 file, as `read_array` describes it."""
     key = "label" if labels else "image"
     arrays, found, geometry, _ = _h5_contents(path, (key,))
     if key not in arrays:

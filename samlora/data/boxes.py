@@ -33,7 +33,7 @@ from samlora.data.recipe import Recipe
 from samlora.data.sources import on_grid, read_label
 from samlora.data.volume import read_volume, stem
 from samlora.errors import InputError, MissingFileError
-from samlora.files import identity
+from samlora.files import identity, read_text, same_name
 
 CORNERS = ("x0", "y0", "x1", "y1")
 KEYS = ("image", "slice", "z0", "z1", *CORNERS, "label")
@@ -197,11 +197,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """
     if not path.is_file():
         raise MissingFileError(f"--boxes {path}: no such file; give a CSV or JSON file of boxes")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = type(error).__name__
-        raise InputError(f"{path}: cannot be read as text ({reason}); give CSV or JSON") from None
+    text = same_name(read_text(path))
     rows = _json_rows(path, text) if path.suffix.lower() == ".json" else _csv_rows(path, text)
     if not rows:
         raise InputError(f"{path}: holds no boxes; give at least one with {', '.join(CORNERS)}")

@@ -30,6 +30,7 @@ from samlora.data.grid import Case, case_to_volume
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_case, read_slice, stem
 from samlora.errors import InputError, MissingFileError
+from samlora.files import read_text, same_name
 
 _ENDINGS = {"train": ".npz", "test": ".npy.h5"}
 _INNER = {"train": "train_npz", "test": "test_vol_h5"}
@@ -267,8 +268,12 @@ def _lists(root: Path, folders: dict[str, Path], files: Sequence[tuple[str, Path
         listing = root / "lists" / name
         if side not in folders or not listing.is_file():
             continue
-        names = {line.strip() for line in listing.read_text(encoding="utf-8", errors="replace").splitlines()} - {""}
-        present = {file.name.removesuffix(_ENDINGS[side]) for kind, file in files if kind == side}
+        try:
+            names = {same_name(line.strip()) for line in read_text(listing).splitlines()} - {""}
+        except InputError as error:
+            found.append(Finding(True, without_path(error, listing), (f"lists/{name}",)))
+            continue
+        present = {same_name(file.name.removesuffix(_ENDINGS[side])) for kind, file in files if kind == side}
         if names - present:
             text = f"lists/{name} names them, but they are not in {folders[side].name}; prepare the data again"
             found.append(Finding(True, text, tuple(sorted(names - present))))

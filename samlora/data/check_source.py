@@ -22,10 +22,13 @@ from samlora.data.findings import (
     without_path,
 )
 from samlora.data.folders import Layout, Pair
+from samlora.data.label_tables import contradictions
 from samlora.data.layouts import find_pairs
+from samlora.data.pictures import palette_colours
 from samlora.data.prepare import wanted
 from samlora.data.recipe import Recipe
-from samlora.data.sources import label_values, read_image, read_label, resolve_classes
+from samlora.data.sources import ignored_values, label_values, read_image, read_label, resolve_classes
+from samlora.data.volume import read_label_names
 from samlora.errors import InputError
 
 _AS_FOUND = Recipe("as found", "image")  # what stands in for a recipe: nothing is turned, every value is a class
@@ -58,6 +61,10 @@ def check_source(
     findings += grouped([(one.name, remark) for one, remarks, _ in results for remark in remarks], problem=False)
     findings += _orientations([(one.name, axes) for one, _, axes in results if axes], recipe)
     findings += [] if given else _gray_levels(rows)
+    findings += _tables(layout.pairs, used)
+    if not given and (void := ignored_values({value for row in rows for value in row.voxels})):
+        text = f"label value {runs(void)} beside small ones looks like PASCAL VOC's mark for what is not labelled"
+        findings.append(Finding(False, f"{text}; leave it out of the classes"))
     if recipe is not None:
         findings += _modality(rows, recipe) + _test_cases(layout.pairs, recipe)
     if num_classes is not None and used.classes and num_classes != used.num_classes:
@@ -180,6 +187,39 @@ def _gray_levels(rows: Sequence[Row]) -> list[Finding]:
         return []
     text = f"label values {runs(values)} look like one mask in levels of gray; mask_threshold: 127 in a recipe makes"
     return [Finding(False, f"{text} one class of them")]
+
+
+def _tables(pairs: Sequence[Pair], recipe: Recipe) -> list[Finding]:
+    """Label files that give the same number to different structures, or the same colour to different numbers."""
+    tables: dict[str, dict[int, tuple[str, ...]]] = {}
+    colours: dict[str, dict[int, tuple[str, ...]]] = {}
+    silent = []
+    for pair in pairs:
+        if not isinstance(pair.label, Path):
+            continue
+        try:
+            names = read_label_names(pair.label)
+        except InputError:
+            continue  # it is named where it is read
+        colours[pair.name] = palette_colours(pair.label)
+        if names:
+            tables[pair.name] = names
+        else:
+            silent.append(pair.name)
+    found = []
+    numbered = any(isinstance(value, int) for values in recipe.label_values for value in values)
+    for text in contradictions(tables):
+        advice = "list the classes by name in the recipe, not by number" if numbered else "the names are used, per file"
+        found.append(Finding(numbered, f"label value {text}; {advice}"))
+    if tables and silent and not numbered:
+        text = "label files that do not name their values, beside others that do; they cannot be read by names"
+        found.append(Finding(True, text, tuple(silent)))
+    elif tables and silent:
+        text = "label files that do not name their values, beside others that do; are they numbered alike?"
+        found.append(Finding(False, text, tuple(silent)))
+    for text in contradictions(colours):
+        found.append(Finding(False, f"palettes differ: label value {text}; are the numbers the same classes?"))
+    return found
 
 
 def _orientations(stored: Sequence[tuple[str, str]], recipe: Recipe | None) -> list[Finding]:

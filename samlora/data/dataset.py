@@ -15,6 +15,7 @@ from samlora.data.grid import Geometry
 from samlora.data.opening import reading
 from samlora.data.volume import read_slice, stack_length
 from samlora.errors import InputError, MissingFileError
+from samlora.files import find_file, read_text, same_name
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def _listed(folder: Path, list_dir: str | Path | None, list_name: str, ending: s
         raise MissingFileError(
             f"--list_dir {list_dir}: there is no {list_name} in it; leave --list_dir out to use the whole folder"
         )
-    names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
-    paths = [folder / f"{name}{ending}" for name in names]
+    names = [line.strip() for line in read_text(listing).splitlines() if line.strip()]
+    paths = [find_file(folder / f"{name}{ending}") for name in names]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -98,9 +99,9 @@ def find_slices(root: str | Path, list_dir: str | Path | None = None) -> list[Sl
     for path in paths:
         length = stack_length(path)
         if length is None:
-            found.append(SliceFile(path, path.stem.rsplit("_slice", 1)[0]))
+            found.append(SliceFile(path, same_name(path.stem).rsplit("_slice", 1)[0]))
         else:
-            found += [SliceFile(path, path.stem, index) for index in range(length)]
+            found += [SliceFile(path, same_name(path.stem), index) for index in range(length)]
     return found
 
 
@@ -176,6 +177,7 @@ def split_cases(
     patient of a case (`Recipe.patient_of`); by default every case is another one.
     Raises InputError for a case that is not there, a patient on both sides, or when nothing is left to train on.
     """
+    val_cases = [same_name(case) for case in val_cases]
     patients = {case: patient_of(case) for case in sorted({item.case for item in slices})}
     cases = sorted(set(patients.values()))
     unknown = [case for case in val_cases if case not in patients]

@@ -1,22 +1,24 @@
 """DICOM files as volumes: which series a folder holds, in what order its slices lie, and their values.
 
 Headers and pixels are read by SimpleITK (GDCM), which also undoes MONOCHROME1 (bright = low), palettes and YBR
-colours, and applies slope and intercept. Order, places and series are found here, from every slice's own header.
+colours, and applies slope and intercept. Order and places are those of every slice's own header, or of every frame's
+own description where a file holds several (`dicom_planes`); values are checked by a second decoder (`dicom_pixels`).
 """
 
+import collections
 import dataclasses
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from samlora.data.dicom_header import SEGMENTATIONS, Header, check_frames, quiet, read_header, read_pixels, storage
+from samlora.data.dicom_header import DOSE, SEGMENTATIONS, Header, kind_of, quiet, read_header, storage
+from samlora.data.dicom_pixels import read_planes
+from samlora.data.dicom_planes import difference, stack
 from samlora.data.grid import Volume
 from samlora.errors import InputError, MissingFileError
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_SAME = 1e-3  # between the headers of slices of one series: cosines, and spacings relative to each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,20 +71,17 @@ def read_dicom(path: Path, series: str | int | None) -> Volume:
     """Reads a DICOM file, or one series of a folder: (columns, rows, slices), or (..., 3) for colours.
 
     Slices lie where ImagePositionPatient says, in the order of their places along the normal of the slices; one slice
-    alone is as thick as its header says. Files without PixelSpacing have has_spacing False.
-    Raises InputError naming the file: broken, a gap or two slices at one place, uneven frames in one file, slices
-    that shift sideways (a tilted gantry: no grid with right angles holds them).
+    alone is as thick as its header says. has_spacing is False for files without PixelSpacing, for one slice without a
+    thickness, and for frames of which no distance is stated (films).
+    Raises InputError naming the file: broken, a gap or two slices at one place, slices that shift sideways (a tilted
+    gantry: no grid with right angles holds them); the same of frames of one file.
     """
     headers = choose(path, series)
-    affine = grid(headers, path)
     with quiet():
-        arrays = [read_pixels(header.path) for header in headers]
-    shapes = {array.shape[1:] for array in arrays}
-    if len(shapes) > 1:
-        raise InputError(f"{path}: gray and coloured slices in one series ({sorted(shapes)}); separate them")
-    array = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        slices = stack(headers, path)
+        array = read_planes(slices.planes, path)
     array = array.transpose((2, 1, 0, *range(3, array.ndim)))
-    return Volume(array, _LPS_TO_RAS @ affine, 1, 1, None, str(path), has_spacing=headers[0].has_spacing)
+    return Volume(array, _LPS_TO_RAS @ slices.affine, 1, 1, None, str(path), has_spacing=slices.has_spacing)
 
 
 def choose(path: Path, series: str | int | None) -> list[Header]:
@@ -92,9 +91,12 @@ def choose(path: Path, series: str | int | None) -> list[Header]:
     """
     found = _found(path)
     if not found:
+        others = collections.Counter(filter(None, map(kind_of, _files(path))))
+        listed = ", ".join(f"{count} x {kind}" if path.is_dir() else kind for kind, count in others.items())
+        holds = f" (it holds {listed})" if listed else ""
         if path.is_dir():
-            raise InputError(f"{path}: no DICOM series in this folder; give the folder that holds the slices")
-        raise InputError(f"{path}: no DICOM image in this file; give a file or folder of slices")
+            raise InputError(f"{path}: no DICOM series in this folder{holds}; give the folder that holds the slices")
+        raise InputError(f"{path}: no DICOM image in this file{holds}; give a file or folder of slices")
     every = "; ".join(f"{number} = {entry}" for number, (entry, _) in enumerate(found, start=1))
     if series is None or not path.is_dir():
         if len(found) > 1:
@@ -114,60 +116,6 @@ def choose(path: Path, series: str | int | None) -> list[Header]:
     return fits[0]
 
 
-def grid(headers: Sequence[Header], path: Path) -> np.ndarray:
-    """The affine (4, 4), voxel (column, row, slice) -> LPS mm, of a series in slice order.
-
-    Raises InputError, as `read_dicom` does, if its slices lie on no even grid with right angles.
-    """
-    first = headers[0]
-    if len(headers) == 1 and (first.size[2] > 1 or first.position is None):
-        if first.enhanced and first.size[2] > 1:
-            check_frames(first)
-        affine = first.affine.copy()
-        if first.spacing is not None:  # for X-rays GDCM looks at the detector, not at the calibrated PixelSpacing
-            affine[:3, :2] *= np.array(first.spacing) / np.linalg.norm(affine[:3, :2], axis=0)
-        return affine
-    across, down = (v / np.linalg.norm(v) for v in (first.orientation[:3], first.orientation[3:]))
-    normal = np.cross(across, down)
-    places = np.array([header.position for header in headers])
-    along = np.diff(places @ normal)
-    step = float(np.median(along)) if along.size else first.thickness or 1.0
-    if along.size:
-        _check_steps(headers, places, along, step, path)
-        drift = places - places[0] - np.outer((places - places[0]) @ normal, normal)
-        worst = int(np.linalg.norm(drift, axis=1).argmax())
-        sideways = np.linalg.norm(drift[worst])
-        # Half a pixel, or what directions rounded to three digits amount to.
-        if sideways > max(0.5 * min(first.spacing or (1.0, 1.0)), 0.002 * abs(along.sum())):
-            degrees = np.degrees(np.arctan2(sideways, (places[worst] - places[0]) @ normal))
-            raise InputError(
-                f"{path}: its slices shift sideways, {sideways:.3g} mm from {first.path.name} to "
-                f"{headers[worst].path.name} (a gantry tilted by {degrees:.3g} degrees?); straighten it with dcm2niix"
-            )
-        step = float(along.mean())
-    width, height = first.spacing or (1.0, 1.0)
-    affine = np.eye(4)
-    affine[:3, :3] = np.column_stack([across * width, down * height, normal * step])
-    affine[:3, 3] = places[0]
-    return affine
-
-
-def _check_steps(headers: Sequence[Header], places: np.ndarray, along: np.ndarray, step: float, path: Path) -> None:
-    same = np.flatnonzero(along < 1e-3)
-    if same.size:
-        one, other = (headers[same[0] + n].path.name for n in (0, 1))
-        place = " ".join(f"{v:g}" for v in places[same[0]])
-        advice = "keep the files of one phase or echo in a folder"
-        raise InputError(f"{path}: {one} and {other} lie at the same place ({place} mm); {advice}")
-    # Spread evenly without a word, every organ above a gap would be misplaced.
-    if np.abs(along - step).max() > 0.01 * step + 1e-3:
-        worst = int(np.abs(along - step).argmax())
-        raise InputError(
-            f"{path}: {along[worst]:g} mm between {headers[worst].path.name} and the next slice, but "
-            f"{step:g} mm elsewhere; a slice is missing or doubled"
-        )
-
-
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
@@ -184,16 +132,20 @@ def _found(path: Path) -> list[tuple[Series, list[Header]]]:
             if fitting is None:
                 alike.append(fitting := [])
             fitting.append(header)
+    if len(groups) > 1:  # a dose beside its scan is nothing to choose
+        groups = {key: alike for key, alike in groups.items() if alike[0][0].kind != DOSE} or groups
     found = []
     for alike in groups.values():
         for headers in alike:
             first = headers[0]
             differs = "" if headers is alike[0] else _difference(alike[0][0], first)
-            if all(h.position is not None for h in headers):
+            if all(header.placed for header in headers):
                 normal = np.cross(first.orientation[:3], first.orientation[3:])
                 headers.sort(key=lambda header: float(header.position @ normal))
+            else:
+                headers.sort(key=lambda header: header.part)
             files = tuple(header.path for header in headers)
-            size = (*first.size[:2], first.size[2] * len(headers))
+            size = (*first.size[:2], sum(header.size[2] for header in headers))
             found.append((Series(first.uid, first.description, first.modality, files, size, differs), headers))
     return sorted(found, key=lambda f: (f[1][0].number, f[0].uid, bool(f[0].differs), min(f[0].files)))
 
@@ -203,15 +155,10 @@ def _difference(one: Header, other: Header) -> str:
     if one.size[:2] != other.size[:2]:
         a, b = ("{} x {}".format(*header.size) for header in (one, other))
         return f"size {b} in {other.path.name}, not {a} as in {one.path.name}"
+    if one.concatenation and one.concatenation == other.concatenation:  # parts of one file of frames
+        return ""
     if one.size[2] > 1 or other.size[2] > 1:
         return f"{other.size[2]} frames in {other.path.name}"
-    if one.position is None or other.position is None:
-        return f"no place in {(other if other.position is None else one).path.name}"
-    for name, a, b in (
-        ("pixel spacing", one.spacing, other.spacing),
-        ("orientation", one.orientation, other.orientation),
-    ):
-        if (a is None) != (b is None) or (a is not None and not np.allclose(a, b, rtol=_SAME, atol=_SAME)):
-            a, b = ("unknown" if v is None else " ".join(f"{n:g}" for n in v) for v in (a, b))
-            return f"{name} {b} in {other.path.name}, not {a} as in {one.path.name}"
-    return ""
+    if not one.placed or not other.placed:
+        return f"no place in {(one if other.placed else other).path.name}"
+    return difference(one, other)

@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from samlora.data.dicom_header import is_dicom
+from samlora.data.dicom_header import holds_image, is_dicom
+from samlora.data.label_tables import table_beside
 from samlora.data.volume import VOLUMES, stem
 from samlora.errors import InputError
+from samlora.files import find_file, same_name
 
 IMAGE_WORDS = (
     *("img", "imgs", "image", "images", "imaging", "scan", "volume", "vol", "input"),
@@ -33,11 +35,20 @@ def _any(words: Iterable[str]) -> str:
 
 _LABEL_AFTER = re.compile(rf"(.+?){_GAP}({_any(LABEL_WORDS)})(?:{_GAP}?\d{{1,3}})?", re.I)
 _LABEL_BEFORE = re.compile(rf"{_any(LABEL_WORDS)}(?:{_GAP}+(.+)|(\d.*))", re.I)
-_LABEL_ALONE = re.compile(_any(LABEL_WORDS), re.I)
+_LABEL_ALONE = re.compile(rf"{_any(LABEL_WORDS)}(?:\.seg)?", re.I)  # 3D Slicer: Segmentation.seg.nrrd
 _IMAGE_AFTER = re.compile(rf"(.+?){_GAP}{_any(set(IMAGE_WORDS) - set(_MODALITIES))}", re.I)
 _IMAGE_BEFORE = re.compile(rf"{_any(IMAGE_WORDS)}(?:{_GAP}+(.+)|(\d.*))", re.I)
 _NUMBERED = re.compile(r"(.+)_(\d{4})")  # nnU-Net numbers the channels of a case
 _WEIGHTED = re.compile(rf"(.+?){_GAP}+({_any(_MODALITIES)})", re.I)
+# What lies beside images and is none: notes, tables, lists, programs.
+_NOTES = (
+    *(".txt", ".md", ".rst", ".pdf", ".doc", ".docx", ".rtf", ".html", ".htm", ".xml", ".log", ".url", ".bib"),
+    *(".csv", ".tsv", ".xls", ".xlsx", ".ods", ".json", ".yaml", ".yml", ".toml", ".ini", ".cfg"),
+    *(".label", ".ctbl", ".lut", ".bval", ".bvec", ".py", ".sh", ".ipynb", ".m", ".r"),
+    *(".md5", ".sha256", ".db", ".mrml", ".itksnap", ".lnk"),
+)
+_PAPERS = re.compile(r"(readme|licen[cs]e|copying|notice|changes|changelog|authors|dicomdir|dirfile|version)\b.*")
+_STUDY_DEPTH = 2
 _PART = re.compile(r"(?:^|_)\d{3}$")  # several parts of one structure, each in a file
 
 Masks = dict[str, tuple[Path, ...]]
@@ -48,25 +59,33 @@ class Pair:
     """One case. images: one file or DICOM folder, or one for each channel, in order.
 
     label: a label map; or for each structure the files of its masks, which are united; None where it is not known.
+    names: what the folder calls the values of its label maps; a map that names its values itself goes by its own names.
     """
 
     name: str
     images: tuple[Path, ...]
     label: Path | Masks | None
     test: bool = False  # the layout keeps it apart for testing
+    names: Mapping[int, str] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def files(self) -> list[Path]:
         """All files and DICOM folders that the case is read from."""
         masks = self.label.values() if isinstance(self.label, dict) else [() if self.label is None else (self.label,)]
-        return list(dict.fromkeys([*self.images, *(path for paths in masks for path in paths)]))
+        files = [*self.images, *(path for paths in masks for path in paths)]
+        beside = [companion for path in files for companion in companions(path)]
+        if isinstance(self.label, Path):
+            table = table_beside(self.label, stem(self.label))
+            beside += [] if table is None else [table]
+        return list(dict.fromkeys([*files, *beside]))
 
 
 @dataclasses.dataclass
 class Layout:
     """What a folder holds. kind: for people. classes: name -> values in the label files, where the folder says so.
 
-    channels: the names of the modalities, where the folder or its files say so.
+    channels: the names of the modalities, where the folder or its files say so. ignored: values that the folder sets
+    apart, as nnU-Net's ignore label: they are no class. names: of values, by a table that may name more than occur.
     """
 
     kind: str
@@ -74,22 +93,29 @@ class Layout:
     classes: dict[str, list[int]]
     channels: tuple[str, ...]
     notes: list[str]
+    ignored: tuple[int, ...] = ()
+    names: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class Matched:
-    """What `match` found. alone, lonely: images without a label, labels without an image. tags: of the channels."""
+    """What `match` found. alone, lonely: images without a label, labels without an image. tags: of the channels.
+
+    unread: what lies beside them and is of no kind that is read.
+    """
 
     pairs: list[Pair] = dataclasses.field(default_factory=list)
     alone: list[Path] = dataclasses.field(default_factory=list)
     lonely: list[Path] = dataclasses.field(default_factory=list)
     tags: tuple[str, ...] = ()
+    unread: list[Path] = dataclasses.field(default_factory=list)
 
     def add(self, other: "Matched") -> None:
         """Takes over what `other` found."""
         self.pairs += other.pairs
         self.alone += other.alone
         self.lonely += other.lonely
+        self.unread += other.unread
         self.tags = self.tags or other.tags
 
 
@@ -99,24 +125,105 @@ def visible(folder: Path) -> list[Path]:
 
 
 def is_dicom_folder(folder: Path) -> bool:
-    """Whether `folder` holds DICOM files itself, and no other images."""
-    files = [path for path in visible(folder) if path.is_file()]
+    """Whether `folder` holds DICOM images or segmentations itself, and no other images.
+
+    DICOM files of other kinds (DICOMDIR, reports, plans, presentation states, raw data) make no folder of images, as
+    long as there are folders in it that may hold some.
+    """
+    inside = visible(folder)
+    files = [path for path in inside if path.is_file()]
     named = [path for path in files if path.name.lower().endswith(VOLUMES)]
-    if named:
-        return all(path.name.lower().endswith(".dcm") for path in named)
-    return any(is_dicom(path) for path in files[:20])  # a note or a DICOMDIR may come first
+    if not all(path.name.lower().endswith(".dcm") for path in named):
+        return False
+    if any(path.is_dir() for path in inside):
+        return any(holds_image(path) or _broken(path) for path in files)
+    return bool(named) or any(is_dicom(path) for path in files)
+
+
+def _broken(path: Path) -> bool:
+    """Whether a file is called DICOM, but does not say so itself: its reader says what is wrong with it."""
+    return path.name.lower().endswith(".dcm") and not is_dicom(path)
+
+
+def companions(path: Path) -> list[Path]:
+    """The files beside `path` that are a part of it: voxels whose header it is."""
+    endings = {".hdr": (".img", ".mat"), ".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz")}
+    beside = endings.get(path.suffix.lower(), ())
+    found = (find_file(path.with_name(path.name[: -len(path.suffix)] + ending)) for ending in beside)
+    return [file for file in found if file.is_file()]
+
+
+def not_read(folder: Path, taken: Iterable[Path] = ()) -> list[Path]:
+    """What lies in `folder` beside the files that are read, notes and tables, and so would vanish in silence.
+
+    taken: folders in it that are used.
+    """
+    used = {path for path in taken}
+    parts = {part for path in visible(folder) if path.is_file() for part in companions(path)}
+    found = []
+    for path in visible(folder):
+        name = path.name.lower()
+        if path in used or path in parts:
+            continue
+        if path.is_dir():
+            known = is_dicom_folder(path) or not any(visible(path))
+        else:
+            known = name.endswith((*VOLUMES, *_NOTES)) or _PAPERS.fullmatch(name) is not None
+        if not known:
+            found.append(path)
+    return found
+
+
+def not_read_note(paths: Iterable[Path]) -> list[str]:
+    """One line that names what `not_read` found, or none."""
+    paths = list(dict.fromkeys(paths))
+    if not paths:
+        return []
+    names = few([f"{path.name}/" if path.is_dir() else path.name for path in paths])
+    are = "1 entry is" if len(paths) == 1 else f"{len(paths)} entries are"
+    return [f"{are} not understood and left out: {names}; {' '.join(VOLUMES)} and DICOM folders are read"]
 
 
 def entries(folder: Path) -> dict[str, Path]:
     """Stem -> image file or DICOM folder in `folder`, sorted. Raises InputError if two have the same stem."""
     found: dict[str, Path] = {}
     for path in visible(folder):
-        if path.name.lower().endswith(VOLUMES) or (path.is_dir() and is_dicom_folder(path)):
-            name = path.name if path.is_dir() else stem(path)
+        inner = path
+        if path.is_dir() and not path.name.lower().endswith(VOLUMES):
+            inner = _only_series(path, _STUDY_DEPTH)
+        if inner is not None and (path.name.lower().endswith(VOLUMES) or path.is_dir()):
+            name = same_name(path.name) if path.is_dir() else stem(path)
             if name in found:
                 raise InputError(f"{path}: {found[name].name} has the same name; keep one of them")
-            found[name] = path
+            found[name] = inner
     return found
+
+
+def _only_series(folder: Path, depth: int) -> Path | None:
+    """`folder` if it holds DICOM slices, or that below it, as in CASE/STUDY/SERIES, which alone does; else None."""
+    if is_dicom_folder(folder):
+        return folder
+    inside = visible(folder)
+    others = [path for path in inside if path.is_file() and path.name.lower().endswith(VOLUMES)]
+    if not depth or any(not _no_image(path) for path in others):
+        return None
+    found = [series for path in inside if path.is_dir() and (series := _only_series(path, depth - 1))]
+    return found[0] if len(found) == 1 and not _has_images(inside, found[0]) else None
+
+
+def _has_images(paths: Iterable[Path], series: Path) -> bool:
+    """Whether a folder beside that of the series holds images too."""
+    beside = [path for path in paths if path.is_dir() and not series.is_relative_to(path)]
+    return any(file.name.lower().endswith(VOLUMES) for path in beside for file in visible(path))
+
+
+def image_entries(folder: Path) -> dict[str, Path]:
+    """`entries` without DICOM files that are no images: reports, presentation states, contours, raw data."""
+    return {name: path for name, path in entries(folder).items() if not _no_image(path)}
+
+
+def _no_image(path: Path) -> bool:
+    return path.name.lower().endswith(".dcm") and is_dicom(path) and not holds_image(path)
 
 
 def label_entries(folder: Path) -> dict[str, Path | Masks]:
@@ -126,10 +233,11 @@ def label_entries(folder: Path) -> dict[str, Path | Masks]:
     """
     found: dict[str, Path | Masks] = dict(entries(folder))
     for path in visible(folder):
-        if path.is_dir() and path.name not in found and (masks := masks_in(path)):
+        name = same_name(path.name)
+        if path.is_dir() and name not in found and (masks := masks_in(path)):
             files = [file for files in masks.values() for file in files]
             whole = len(files) == 1 and _LABEL_ALONE.fullmatch(stem(files[0]))
-            found[path.name] = files[0] if whole else masks
+            found[name] = files[0] if whole else masks
     return found
 
 
@@ -174,6 +282,8 @@ def match(images: Mapping[str, Path], labels: Mapping[str, Path | Masks], apart:
     Raises InputError where two images claim a label, or two labels an image.
     """
     by_key = _label_keys(labels, apart)
+    if apart:
+        by_key |= _other_spelling(images, by_key)
     taken: dict[str, list[Path]] = {}  # key of a label -> its images
     names: dict[str, str] = {}
     channels: dict[str, dict[str, str]] = {}  # key of a label -> channel -> stem of the image
@@ -284,6 +394,24 @@ def _label_keys(labels: Mapping[str, Path | Masks], apart: bool) -> dict[str, li
             after.setdefault(found[1], []).append(name)
     before = {(found[1] or found[2]): [name] for name in labels if (found := _LABEL_BEFORE.fullmatch(name))}
     return before | after | by_key
+
+
+def _other_spelling(images: Mapping[str, Path], by_key: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Keys of labels that only upper and lower case keep from those of images, as the images spell them."""
+    spelled: dict[str, list[str]] = {}
+    for key in by_key:
+        spelled.setdefault(key.casefold(), []).append(key)
+    wanted = {key for name in images for key in _image_keys(name)}
+    wanted |= {tagged[0] for name in images if (tagged := channel_of(name))}
+    folded: dict[str, set[str]] = {}
+    for key in wanted:
+        folded.setdefault(key.casefold(), set()).add(key)
+    found = {}
+    for fold, keys in folded.items():
+        ours = spelled.get(fold, [])
+        if len(ours) == 1 and len(keys) == 1 and not keys & by_key.keys():
+            found[next(iter(keys))] = by_key[ours[0]]
+    return found
 
 
 def _image_keys(name: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ may have a last axis of channels: colours of a picture, weightings of an MR.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -61,6 +61,9 @@ class Volume:
     `affine` (4, 4) float64 maps voxel indices to RAS millimetres. `qform` is the file's second affine where
     it differs from the first (NIfTI may hold two). `path` is where the volume came from, for messages. has_spacing:
     False where the file says nothing about millimetres (pictures, bare arrays); a voxel then counts as 1 x 1 x 1.
+    sparse: the slices (along the last axis) are known one by one, and what lies between or beside them is empty, as
+    in DICOM segmentations, which leave out empty frames.
+    names: of a label map that names its own values: value -> the structures that it shows, several where they overlap.
     """
 
     array: np.ndarray
@@ -70,6 +73,8 @@ class Volume:
     qform: np.ndarray | None = None
     path: str = ""
     has_spacing: bool = True
+    sparse: bool = False
+    names: Mapping[int, tuple[str, ...]] | None = None
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -152,25 +157,93 @@ def reorient(volume: Volume, axes: str) -> Volume:
     return _arranged(volume, *_arrangement(volume.affine, axes))
 
 
-def match_grid(label: Volume, to: Volume) -> Volume:
+def match_grid(label: Volume, to: Volume, *, part: bool = False) -> Volume:
     """`label` on the grid of `to`, by permuting and flipping, where both describe the same voxels in space.
 
-    Oblique affines too. Voxel centres may differ by a tenth of a voxel (rounded headers). Raises InputError,
-    with both grids in it, if they differ in more than the order and direction of their axes.
+    Oblique affines too. Voxel centres may differ by a tenth of a voxel (rounded headers).
+
+    Args:
+        part: `label` may cover a part of the grid: whole voxels away, in the same directions and distances. What it
+            does not cover becomes 0. For label maps only.
+
+    Raises:
+        InputError: with both grids in it, if they differ in more than the order and direction of their axes (and,
+            with `part`, in what they cover).
     """
-    step = np.linalg.inv(label.affine) @ to.affine  # index in `to` -> index in `label`
-    order = np.abs(step[:3, :3]).argmax(axis=0)
-    shape = np.array(to.array.shape[:3])
-    if sorted(order) == [0, 1, 2] and np.array_equal(np.array(label.array.shape)[order], shape):
-        flips = step[order, range(3)] < 0
-        corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*(shape - 1), 1]
-        if np.abs((step - _index_map(shape, order, flips)) @ corners.T).max() <= _SAME_VOXEL:
-            array = _arranged(label, order, flips).array
-            return dataclasses.replace(to, array=array, path=label.path)
+    placed = _placed_in(label, to)
+    if placed is not None:
+        array, indices = placed
+        shape = to.array.shape[:3]
+        if array.shape[:3] == shape and all(np.array_equal(i, np.arange(n)) for i, n in zip(indices, shape)):
+            return dataclasses.replace(to, array=array, path=label.path, names=label.names, sparse=False)
+        if part and all(not i.size or (i.min() >= 0 and i.max() < n) for i, n in zip(indices, shape)):
+            padded = np.zeros(shape, array.dtype)
+            padded[np.ix_(*indices)] = array
+            return dataclasses.replace(to, array=padded, path=label.path, names=label.names, sparse=False)
     raise InputError(
         f"{label.path or 'label'}: its grid ({_grid(label)}) is not that of {to.path or 'the image'} "
         f"({_grid(to)}); resample the label onto the image, or repair its header if they are the same voxels"
     )
+
+
+def common_grid(one: Volume, other: Volume) -> tuple[Volume, Volume]:
+    """Two label maps on the smallest grid that holds both, 0 where one of them says nothing.
+
+    The axes run as those of `other` (of `one`, where `other` leaves out slices that `one` has). Raises
+    InputError, as `match_grid` does, unless both lie on one lattice and share voxels of it.
+    """
+    placed = _placed_in(one, other)
+    if placed is None and _placed_in(other, one) is not None:  # `other` leaves out slices that `one` has
+        turned, kept = common_grid(other, one)
+        return kept, turned
+    shape = np.array(other.array.shape[:3])
+    if placed is None or any(i.size and (i.max() < 0 or i.min() >= n) for i, n in zip(placed[1], shape)):
+        return match_grid(one, other), other
+    low = np.array([min(0, i.min(initial=0)) for i in placed[1]])
+    high = np.array([max(n, i.max(initial=0) + 1) for i, n in zip(placed[1], shape)])
+    affine = other.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ low
+    empty = np.broadcast_to(np.zeros((), np.uint8), tuple(high - low))
+    both = dataclasses.replace(other, array=empty, affine=affine, sparse=False)
+    if not low.any() and np.array_equal(high, shape):
+        both = other
+    return match_grid(one, both, part=True), match_grid(other, both, part=True)
+
+
+def _placed_in(label: Volume, to: Volume) -> tuple[np.ndarray, list[np.ndarray]] | None:
+    """`label` with its axes running as those of `to`, and for each axis the indices that its voxels have in `to`.
+
+    The indices may lie outside of `to`. None if voxels of the label lie between those of `to`.
+    """
+    order = np.abs(np.linalg.inv(label.affine)[:3, :3] @ to.affine[:3, :3]).argmax(axis=0)
+    if sorted(order) != [0, 1, 2]:
+        return None
+    direction = (np.linalg.inv(label.affine) @ to.affine)[order, range(3)]
+    turned = _arranged(label, order, direction < 0)
+    array = turned.array
+    move = np.linalg.inv(to.affine) @ turned.affine  # index in `turned` -> index in `to`
+    indices = [np.arange(n) + round(start) for n, start in zip(array.shape, move[:3, 3])]
+    if label.sparse:
+        axis = list(order).index(2)
+        used = np.flatnonzero(array.any(axis=tuple(n for n in range(3) if n != axis)))
+        exact = move[axis, 3] + move[axis, axis] * used
+        indices[axis] = np.rint(exact).astype(int)
+        if np.abs(exact - indices[axis]).max(initial=0) > _SAME_VOXEL or len(set(indices[axis])) < len(used):
+            return None
+        array = np.take(array, used, axis=axis)
+        origin, scale = move[:3, axis] * (used[0] if used.size else 0), move[:, axis].copy()
+        move[:3, 3] += origin
+        if used.size > 1:
+            move[:3, axis] = scale[:3] * (used[-1] - used[0]) / (used.size - 1)
+    if not all(array.shape[:3]):
+        return array, indices
+    ends = [(i[0], i[-1]) for i in indices]
+    for corner in np.ndindex(2, 2, 2):
+        inside = [c * (n - 1) for c, n in zip(corner, array.shape)]
+        meant = [end[c] for c, end in zip(corner, ends)]
+        if np.abs((move @ [*inside, 1])[:3] - meant).max() > _SAME_VOXEL:
+            return None
+    return array, indices
 
 
 def case_to_volume(case: Case, stack: np.ndarray) -> Volume:
@@ -233,7 +306,8 @@ def _arranged(volume: Volume, order: np.ndarray, flips: np.ndarray) -> Volume:
     array = np.flip(transposed(volume.array, order), np.flatnonzero(flips))
     move = _index_map(np.array(array.shape[:3]), order, flips)
     qform = None if volume.qform is None else volume.qform @ move
-    return dataclasses.replace(volume, array=array, affine=volume.affine @ move, qform=qform)
+    sparse = volume.sparse and bool(order[2] == 2)
+    return dataclasses.replace(volume, array=array, affine=volume.affine @ move, qform=qform, sparse=sparse)
 
 
 def _index_map(shape: np.ndarray, order: np.ndarray, flips: np.ndarray) -> np.ndarray:

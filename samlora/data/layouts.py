@@ -15,6 +15,8 @@ from samlora.data.folders import (
     case_of_label,
     entries,
     few,
+    folder_or_file,
+    image_entries,
     is_dicom_folder,
     is_label,
     label_entries,
@@ -22,11 +24,15 @@ from samlora.data.folders import (
     match,
     match_by_words,
     match_last,
+    not_read,
+    not_read_note,
     uniform,
     visible,
 )
+from samlora.data.label_tables import IGNORED, folder_table, plain
 from samlora.data.volume import VOLUMES, stem
 from samlora.errors import InputError, MissingFileError
+from samlora.files import find_file, read_text, same_name
 
 IMAGE_FOLDERS = ("imagestr", "img", "images", "imgs", "image", "jpegimages", "inputs", "scans", "volumes")
 LABEL_FOLDERS = ("labelstr", "label", "labels", "masks", "mask", *LABEL_WORDS, "segmentationclass", "targets")
@@ -55,7 +61,40 @@ def find_pairs(source: str | os.PathLike) -> Layout:
     if not source.is_dir():
         raise MissingFileError(f"{source}: no such folder; give the folder that holds images and labels")
     layout = _unwrapped(source, _DEPTH)
-    return dataclasses.replace(layout, pairs=sorted(uniform(layout.pairs, source), key=lambda pair: pair.name))
+    layout.pairs = sorted(uniform(layout.pairs, source), key=lambda pair: pair.name)
+    return _with_names(layout, source)
+
+
+def _with_names(layout: Layout, source: Path) -> Layout:
+    """`layout` with the names that a dataset.json or a table near the label maps gives their values."""
+    maps = [pair.label for pair in layout.pairs if isinstance(pair.label, Path)]
+    if not maps:
+        return layout
+    if not layout.classes:
+        places = dict.fromkeys(path.parent for path in maps)
+        folders = [folder for place in places for folder in (place, *place.parents) if _within(folder, source)]
+        described = next((file for folder in folders if (file := folder / "dataset.json").is_file()), None)
+        try:
+            if described is not None:
+                values = _json(described)
+                layout.classes, layout.ignored = _classes(described, values), _ignored(values)
+        except InputError:
+            layout.notes.append(f"{described}: names no labels")
+        if not layout.classes:
+            layout.names, table = folder_table(folders)
+            if table is not None:
+                layout.notes.append(f"{table.name} names the label values")
+    if layout.ignored:
+        values = " ".join(map(str, layout.ignored))
+        text = f"label value {values} is to be ignored (dataset.json)"
+        layout.notes.append(f"{text}: such voxels count as background here")
+    names = layout.names or {group[0]: name for name, group in layout.classes.items() if len(group) == 1}
+    layout.pairs = [dataclasses.replace(pair, names=names) for pair in layout.pairs]
+    return layout
+
+
+def _within(folder: Path, source: Path) -> bool:
+    return folder == source or source in folder.parents
 
 
 def named_apart(groups: list[tuple[str, list[Pair]]], source: Path) -> tuple[list[Pair], list[str]]:
@@ -109,7 +148,7 @@ def _unwrapped(source: Path, depth: int) -> Layout:
     first = layouts[0]
     kind = f"{' + '.join(names)}, each {first.kind}" if len(names) > 1 else f"{names[0]}, {first.kind}"
     notes += remarks + [f"{name}/: {note}" for name, layout in zip(names, layouts) for note in layout.notes]
-    return Layout(kind, pairs, first.classes, first.channels, notes)
+    return Layout(kind, pairs, first.classes, first.channels, notes, first.ignored)
 
 
 def _parts(source: Path) -> list[tuple[Path, bool]]:
@@ -156,6 +195,7 @@ def _two_folders(source: Path) -> Layout:
         groups = []
         for folder, test in parts:
             matched = _matched(folder, labels / folder.name)
+            notes += not_read_note(matched.unread)
             groups.append((folder.name, [dataclasses.replace(pair, test=test) for pair in matched.pairs]))
         pairs, remarks = named_apart(groups, images.parent)
         return Layout(
@@ -169,14 +209,16 @@ def _two_folders(source: Path) -> Layout:
 
 def _matched(images: Path, labels: Path) -> Matched:
     """The pairs of two folders; every image needs a label."""
-    image_files, label_files = entries(images), label_entries(labels)
+    image_files, label_files = image_entries(images), label_entries(labels)
     for folder, found in ((images, image_files), (labels, label_files)):
         if not found:
             raise _Nothing(f"{folder}: no volumes in it; {' '.join(VOLUMES)} and folders of DICOM slices are read")
     matched = match(image_files, label_files, apart=True)
+    masks = [folder_or_file(label) for label in label_files.values()]
+    matched.unread = [*not_read(images), *not_read(labels, taken=masks)]
     if matched.alone:
         image = matched.alone[0]
-        ending = image.name[len(stem(image)) :] if image.is_file() else ".nii.gz"
+        ending = "".join(image.suffixes[-2:] if image.suffix == ".gz" else image.suffixes[-1:]) or ".nii.gz"
         advice = f"add {stem(image)}{ending} there or move the image"
         raise InputError(f"{image}: has no label in {labels}; {advice}")
     return matched
@@ -184,15 +226,16 @@ def _matched(images: Path, labels: Path) -> Matched:
 
 def _lonely(matched: Matched) -> list[str]:
     names = [path.name for path in matched.lonely]
-    return [f"{len(names)} labels without an image are left out: {few(names)}"] if names else []
+    lonely = [f"{len(names)} labels without an image are left out: {few(names)}"] if names else []
+    return lonely + not_read_note(matched.unread)
 
 
 def _nnunet(source: Path, folders: dict[str, Path]) -> Layout:
     description = source / "dataset.json"
-    classes, channels, kind = {}, (), "nnU-Net"
+    classes, channels, ignored, kind = {}, (), (), "nnU-Net"
     if description.is_file():
         values = _json(description)
-        classes, channels = _classes(description, values), _channels(values)
+        classes, channels, ignored = _classes(description, values), _channels(values), _ignored(values)
         numbered = any(name.endswith("_0000") for name in entries(folders["imagestr"]))
         kind = kind if numbered or "training" not in values else "Decathlon"
     matched = _matched(folders["imagestr"], folders["labelstr"])
@@ -205,7 +248,7 @@ def _nnunet(source: Path, folders: dict[str, Path]) -> Layout:
         elif images is not None:
             notes.append(f"{images.name} has no labels and is left out")
     pairs, _ = named_apart([("", pairs)], source)
-    return Layout(kind, pairs, classes, channels or matched.tags, notes)
+    return Layout(kind, pairs, classes, channels or matched.tags, notes, ignored)
 
 
 def _listed(description: Path) -> Layout | None:
@@ -220,8 +263,8 @@ def _listed(description: Path) -> Layout | None:
     for name, item, test in listed:
         try:
             files = item.get("images", item.get("image"))
-            files = tuple(folder / file for file in ([files] if isinstance(files, str) else files))
-            label = folder / item["label"]
+            files = tuple(_listed_file(folder, file) for file in ([files] if isinstance(files, str) else files))
+            label = _listed_file(folder, item["label"])
         except (KeyError, TypeError):
             raise InputError(f"{description}: {json.dumps(item)[:80]} names no image and label; correct it") from None
         gone = next((path for path in (*files, label) if not path.exists()), None)
@@ -231,13 +274,22 @@ def _listed(description: Path) -> Layout | None:
     if not pairs:
         return None
     pairs, _ = named_apart([("", pairs)], folder)
-    return Layout("Decathlon (dataset.json)", pairs, _classes(description, values), _channels(values), [])
+    classes, ignored = _classes(description, values), _ignored(values)
+    return Layout("Decathlon (dataset.json)", pairs, classes, _channels(values), [], ignored)
+
+
+def _listed_file(folder: Path, name: str) -> Path:
+    """A file that a list names, which may have been made on Windows."""
+    path = find_file(folder / name)
+    return find_file(folder / name.replace("\\", "/")) if not path.exists() and "\\" in name else path
 
 
 def _json(path: Path) -> dict:
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        values = json.loads(read_text(path))
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); correct or remove it") from None
     if not isinstance(values, dict):
         raise InputError(f'{path}: no usable "labels" in it; correct or remove it')
@@ -261,8 +313,16 @@ def _classes(path: Path, values: dict) -> dict[str, list[int]]:
         classes = {k: [int(n) for n in v] if isinstance(v, list) else [int(v)] for k, v in turned.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f'{path}: no usable "labels" in it ({type(error).__name__}: {error})') from None
-    classes = {k: v for k, v in classes.items() if v != [0] and k != "ignore"}
+    classes = {k: v for k, v in classes.items() if v != [0] and plain(k) not in IGNORED}
     return dict(sorted(classes.items(), key=lambda item: item[1]))
+
+
+def _ignored(values: dict) -> tuple[int, ...]:
+    """The values that a dataset.json calls "ignore": voxels that nobody has labelled. `_classes` has checked it."""
+    pairs = [(str(key), value) for key, value in values["labels"].items()]
+    named = [(value, key) if key.isdigit() else (key, value) for key, value in pairs]
+    found = [int(value) for name, value in named if plain(str(name)) in IGNORED and not isinstance(value, list)]
+    return tuple(value for value in found if value)
 
 
 def _searched(source: Path) -> Layout:
@@ -277,6 +337,8 @@ def _searched(source: Path) -> Layout:
             notes += [f"{name}/: {note}" for note in layout.notes]
         else:
             found = _in_folder(folder, entries(folder))
+            inside = [path for path in visible(folder) if path.is_dir()]
+            total.unread += not_read(folder, taken=inside)
         for kind, matched in found:
             if matched.pairs:
                 kinds.append(kind)
@@ -356,11 +418,11 @@ def _split(table: Path) -> dict[str, str]:
     """Case -> train, val or test, of a table with the columns image_id and split; empty without one."""
     if not table.is_file():
         return {}
-    with table.open(encoding="utf-8-sig", newline="", errors="replace") as file:
-        head = file.readline()
-        file.seek(0)
-        rows = list(csv.DictReader(file, delimiter=";" if ";" in head else ","))
-    return {row["image_id"]: row["split"] for row in rows if row.get("image_id") and row.get("split")}
+    lines = read_text(table).splitlines()
+    head = lines[0] if lines else ""
+    delimiter = next((sign for sign in ";\t" if sign in head), ",")
+    rows = list(csv.DictReader(lines, delimiter=delimiter))
+    return {same_name(row["image_id"]): row["split"] for row in rows if row.get("image_id") and row.get("split")}
 
 
 def _not_found(source: Path, total: Matched) -> str:

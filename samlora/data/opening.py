@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,14 @@ import numpy as np
 
 from samlora.errors import InputError, MissingFileError
 from samlora.files import whole
+
+# Names of classes with memory addresses, objects of Python, places in the source code of a library.
+_INTERNAL = (
+    re.compile(r"Exception thrown in SimpleITK \w+:"),
+    re.compile(r"\w*\(0x[0-9a-f]+\):?|0x[0-9a-f]{6,}"),
+    re.compile(r"<[\w.]+ (object )?(name|at)\b[^<>]*>"),
+    re.compile(r"\S*/\S+\.(cxx|hxx|cpp|h|c|py)\b(:\d+)?( \(\))?:?|\S+_build\S*/\S*"),
+)
 
 
 @contextlib.contextmanager
@@ -48,4 +57,9 @@ def check_finite(array: np.ndarray, path: str | os.PathLike) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return (" ".join(str(error).split()).split("ERROR: ")[-1] or type(error).__name__)[-200:]
+    """What a library says about a file, without what only its authors can use; cut after 200 characters."""
+    text = " ".join(str(error).split()).split("ERROR: ")[-1]
+    for pattern in _INTERNAL:
+        text = pattern.sub("", text)
+    text = " ".join(text.split()).strip(" :") or type(error).__name__
+    return text if len(text) <= 200 else text[:200].rsplit(" ", 1)[0] + " ..."

@@ -1,4 +1,4 @@
-"""Pictures (PNG, JPEG, TIFF, BMP) as volumes of one slice, or of one slice per page."""
+"""Pictures (PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000) as volumes of one slice, or of one slice per page."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,12 +10,42 @@ from samlora.data.grid import Volume
 from samlora.data.opening import reading
 from samlora.errors import InputError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".j2k")
 # A picture says nothing about the patient: right of the picture = patient's left, down = back, as a CT slice is shown.
 PICTURE_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
-_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000")
+_LOSSY = ("JPEG", "MPO", "JPEG2000")  # WebP may be either
+# Types of TIFF that Pillow reads as they are. It takes int8 for uint8 and uint32 for int32, and knows none of 64 bits.
+_PILLOWS = ("bool", "uint8", "uint16", "int16", "int32", "float32")
 _GRAY = ("L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _NOISE = 64  # between the channels of a gray JPEG, which stores colour apart and coarsely
+
+
+def is_lossy(path: Path) -> bool:
+    """Whether a picture's format changes values, so that a mask needs a threshold; by its ending and first bytes."""
+    ending = path.suffix.lower()
+    if ending == ".webp":
+        with open(path, "rb") as file:
+            return b"VP8L" not in file.read(4096)
+    return ending in (".jpg", ".jpeg", ".jp2", ".j2k")
+
+
+def palette_colours(path: Path) -> dict[int, tuple[str, ...]]:
+    """The values of a palette picture and their colours, as #rrggbb; empty for any other file."""
+    from PIL import Image
+
+    if not path.name.lower().endswith((".png", ".tif", ".tiff", ".bmp", ".gif")):
+        return {}
+    try:
+        with open(path, "rb") as stream, Image.open(stream, formats=_FORMATS) as file:
+            if file.mode != "P":
+                return {}
+            shown = [value for _, value in file.getcolors(256) if value]
+            colours = np.asarray(file.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    except (OSError, ValueError, TypeError):
+        return {}  # whoever reads it says what is wrong with it
+    named = {value: colours[value].tolist() for value in shown if value < len(colours)}
+    return {value: ("#{:02x}{:02x}{:02x}".format(*colour),) for value, colour in named.items()}
 
 
 def read_picture(path: Path, labels: bool, threshold: float | None) -> Volume:
@@ -30,20 +60,27 @@ def read_picture(path: Path, labels: bool, threshold: float | None) -> Volume:
     """
     from PIL import Image, ImageOps, ImageSequence
 
+    unusual = _read_tiff(path, labels)
+    if unusual is not None:
+        return unusual
     with reading(path, "picture"), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # above twice that size it is an error
         # Not by name: Pillow would map uncompressed TIFFs into memory, and turned ones with their sides exchanged.
         with open(path, "rb") as stream, Image.open(stream, formats=_FORMATS) as file:
-            lossy = file.format in ("JPEG", "MPO") or file.info.get("compression") == "jpeg"
+            lossy = file.format in _LOSSY or file.info.get("compression") == "jpeg"
+            lossy = lossy or (file.format == "WEBP" and is_lossy(path))
+            moving = getattr(file, "n_frames", 1) > 1 and file.format in ("GIF", "WEBP", "PNG")
+            if moving and (labels or file.format != "GIF"):
+                raise InputError(f"{path}: holds {file.n_frames} pictures; save each as a file of its own, or as TIFF")
             deep = ";16" in str(file.tile[0][3]) if file.tile else False
             if labels and lossy and threshold is None:
-                raise InputError(
-                    f"{path}: JPEG changes label values; set mask_threshold: 127 in the recipe, or save masks as PNG"
-                )
+                advice = "set mask_threshold: 127 in the recipe, or save masks as PNG"
+                raise InputError(f"{path}: {file.format} changes label values; {advice}")
             if labels and deep and file.mode not in _GRAY:
                 raise InputError(f"{path}: a mask with 16 bits per colour; save it as gray, one number per class")
-            pages = []
-            for page in ImageSequence.Iterator(file) if file.format == "TIFF" else (file,):
+            pages = _frames(file) if moving else []
+            still = (file,) if not moving else ()
+            for page in ImageSequence.Iterator(file) if file.format == "TIFF" else still:
                 turned = ImageOps.exif_transpose(page)
                 pages.append(_labels(turned, path, lossy, threshold) if labels else _image(turned))
     if len({page.shape for page in pages}) > 1:
@@ -52,6 +89,52 @@ def read_picture(path: Path, labels: bool, threshold: float | None) -> Volume:
     array = np.stack(pages)
     array = array.transpose((2, 1, 0, *range(3, array.ndim)))
     return Volume(array, PICTURE_AFFINE.copy(), path=str(path), has_spacing=False)
+
+
+def _read_tiff(path: Path, labels: bool) -> Volume | None:
+    """A TIFF that Pillow does not read, or reads with other values; None for those that it reads, and other files."""
+    with open(path, "rb") as file:
+        mark = file.read(4)
+    if mark not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return None
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            pages = [page for page in file.pages if not getattr(page, "is_reduced", False)]
+            kinds = {str(page.dtype) for page in pages}
+            usual = pages[0].samplesperpixel in (1, 3, 4) and kinds <= {*_PILLOWS, "None"}
+            if usual and not (file.is_bigtiff and file.byteorder == ">"):
+                return None
+            with reading(path, "TIFF"):
+                arrays = [_tiff_page(page, path, labels) for page in pages]
+    except InputError:
+        raise
+    except Exception:  # a broken file: Pillow says what is wrong with it
+        return None
+    if len({array.shape for array in arrays}) > 1:
+        raise InputError(f"{path}: its pages differ in size or colours; save them as files of their own")
+    array = np.stack(arrays)
+    array = array.transpose((2, 1, 0, *range(3, array.ndim)))
+    return Volume(array, PICTURE_AFFINE.copy(), path=str(path), has_spacing=False)
+
+
+def _tiff_page(page, path: Path, labels: bool) -> np.ndarray:
+    """(H, W), or (H, W, channels), of a page as tifffile reads it; transparency is dropped."""
+    try:
+        array = page.asarray()
+    except ValueError as error:
+        if "imagecodecs" not in str(error):
+            raise
+        kind = f"{page.dtype} with compression {page.compression.name}"
+        raise InputError(f"{path}: {kind} is not read; save it without compression") from None
+    if array.ndim == 3 and page.axes[0] == "S":
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[2] in (2, 4) and page.extrasamples:
+        array = array[..., :-1]
+    if array.ndim == 3 and (array.shape[2] == 1 or (labels and _equal_channels(array))):
+        array = array[..., 0]
+    return array
 
 
 def write_picture(
@@ -96,6 +179,14 @@ def _image(picture) -> np.ndarray:
         array = np.asarray(picture.convert("RGBA").convert("RGB"))
         return array[..., 0] if _equal_channels(array) else array
     return np.asarray(picture.convert("RGB"))
+
+
+def _frames(file) -> list[np.ndarray]:
+    """The pictures of a GIF, all gray or all in colours: each may have a palette of its own."""
+    from PIL import ImageSequence
+
+    pages = [np.asarray(page.convert("RGB")) for page in ImageSequence.Iterator(file)]
+    return [page[..., 0] for page in pages] if all(map(_equal_channels, pages)) else pages
 
 
 def _labels(picture, path: Path, lossy: bool, threshold: float | None) -> np.ndarray:

@@ -14,10 +14,12 @@ from samlora.data.arrays import ARRAYS
 from samlora.data.dicom import choose
 from samlora.data.folders import Pair
 from samlora.data.grid import body_axes
-from samlora.data.layouts import find_pairs
+from samlora.data.label_tables import contradictions, plain
+from samlora.data.layouts import Layout, find_pairs
 from samlora.data.pictures import PICTURES
 from samlora.data.plan_looks import AIR, SOFT, ImageLook, LabelLook, look_at_image, look_at_label
 from samlora.data.plan_text import Found, Plan
+from samlora.data.sources import folder_names, ignored_values
 from samlora.errors import InputError
 from samlora.files import whole
 
@@ -53,7 +55,7 @@ def plan(source: str | os.PathLike) -> Plan:
 def write_plan(plan: Plan, path: str | os.PathLike) -> None:
     """Writes the recipe of `plan`. Raises InputError if the file is there already, or is no .yaml file."""
     path = Path(path)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix.lower() not in (".yaml", ".yml"):
         raise InputError(f"{path}: a recipe needs a name that ends in .yaml")
     if path.exists():
         raise InputError(f"{path}: is there already, perhaps with changes of yours; choose another name with -o")
@@ -92,6 +94,7 @@ def _choose_classes(made: Plan) -> None:
     threshold, reason = None, ""
     if softs:
         threshold = max(softs)
+        _check_ranges(made, threshold)
         jpeg = any(look.lossy for look in looks)
         reason = f"masks {'are JPEG' if jpeg else 'have soft edges'}: what is above belongs to the object"
     elif _is_white(totals):
@@ -99,18 +102,32 @@ def _choose_classes(made: Plan) -> None:
     if threshold is not None:
         made.choices["mask_threshold"], made.reasons["mask_threshold"] = threshold, reason
     by_case = [_classes_of(look, threshold) for look in looks]
-    values = sorted({value for shown in by_case for value in shown}, key=lambda v: (isinstance(v, str), v))
-    names = {value: value if isinstance(value, str) else f"label_{value}" for value in values}
+    own = threshold is None and any(look.names for look in looks)
+    if own:  # what names no values itself goes by the folder's names then
+        named = folder_names(layout)
+        by_case = [{named.get(value, value): count for value, count in shown.items()} for shown in by_case]
+    by_case = _one_spelling(by_case)
+    found = {value for shown in by_case for value in shown}
+    ignored = ignored_values(found, layout.ignored) if threshold is None else set()
+    if ignored - set(layout.ignored):
+        text = f"value {_listed(sorted(ignored - set(layout.ignored)))} beside small ones marks what is not labelled"
+        made.notes.append(f"{text}, as in PASCAL VOC: it counts as background here; list it if it is a class")
+    numbers = {value for value in found if isinstance(value, int) and value > 0}
+    if threshold is None and numbers and min(numbers) < SOFT and max(numbers) == 255 and not ignored:
+        text = "value 255 may mark what is not labelled, as in PASCAL VOC"
+        made.notes.append(f"{text}; leave it out of the classes if so")
+    values = sorted(found - ignored, key=lambda v: (isinstance(v, str), v))
+    names = {value: value if isinstance(value, str) else _called(value, layout) for value in values}
     if threshold is not None and "" in looks[0].values:
         names = {1: "foreground"}
-    elif layout.classes:
+    elif layout.classes and not own:
         groups = {name: group for name, group in layout.classes.items() if any(group)}
         listed = [value for group in groups.values() for value in group]
         if len(set(listed)) == len(listed) and all(len(group) == 1 for group in groups.values()):
             names = {group[0]: name for name, group in groups.items()} | {
                 v: names[v] for v in values if v not in listed
             }
-            unnamed = [value for value in values if value not in listed]
+            unnamed = [value for value in values if value not in listed and not isinstance(value, str)]
             if unnamed:
                 made.notes.append(f"label values that dataset.json does not name: {_listed(unnamed)}")
         else:
@@ -130,6 +147,19 @@ def _choose_classes(made: Plan) -> None:
     if not 0 < len(made.classes) < 256:
         text = f"{len(made.classes)} different values in the labels; 1 to 255 can be used. Are these labels?"
         raise InputError(f"{made.source}: {text}")
+    if threshold is not None and not any(found.voxels for found in made.classes):
+        text = f"no voxel of any mask is above {threshold:g}, the middle of the range of soft masks"
+        raise InputError(f"{made.source}: {text}; save the masks as 0 and 1")
+    tables = {look.case: look.names for look in looks if look.names}
+    for text in contradictions(tables):
+        made.notes.append(f"label values differ from file to file, so classes go by name: {text}")
+    if tables and len(tables) < len(looks):
+        known = folder_names(layout)
+        silent = [look for look in looks if not look.names]
+        without = [look.case for look in silent if any(v and v not in known for v in look.values.get("", {}))]
+        if without:
+            text = f"label files without names of their values beside others that have them: {_listed(without)}"
+            made.notes.append(f"{text}; their values are classes of their own")
     empty = [look.case for look, shown in zip(looks, by_case) if not any(shown.values())]
     if empty:
         made.notes.append(f"{len(empty)} of {len(looks)} cases show no class: {_listed(empty)}")
@@ -141,13 +171,44 @@ def _choose_classes(made: Plan) -> None:
             made.notes.append(f"in {what}: {_listed(names)}")
 
 
+def _check_ranges(made: Plan, threshold: float) -> None:
+    """Lists masks as broken whose values all lie below a threshold that others need."""
+    for look in made.labels:
+        highest = max((value for counts in look.values.values() for value in counts), default=0)
+        low = look.soft is not None and look.soft < threshold
+        if low or (look.soft is None and 0 < highest <= threshold):
+            most = 2 * look.soft if low else highest
+            text = f"{look.case}: its masks go up to {most:g}, those of other cases above {threshold:g}"
+            made.broken.append(f"{text}; save all masks with the same range of values")
+
+
+def _one_spelling(by_case: list[dict[int | str, int]]) -> list[dict[int | str, int]]:
+    """The same, with names that differ in upper and lower case or in gaps only spelled as they are first."""
+    spelled: dict[str, str] = {}
+    result = []
+    for shown in by_case:
+        counts: dict[int | str, int] = {}
+        for value, count in shown.items():
+            key = spelled.setdefault(plain(value), value) if isinstance(value, str) else value
+            counts[key] = counts.get(key, 0) + count
+        result.append(counts)
+    return result
+
+
+def _called(value: int, layout: Layout) -> str:
+    """What a class is called whose number the label files hold."""
+    return layout.names.get(value, f"label_{value}")
+
+
 def _classes_of(look: LabelLook, threshold: float | None) -> dict[int | str, int]:
     """Value or structure -> voxels, as a recipe with that threshold would find them."""
     least = 0 if threshold is None or look.soft is not None else threshold
+    own = {name: counts for name, counts in look.values.items() if name}
+    named = {name: sum(n for v, n in counts.items() if v > least) for name, counts in own.items()}
     if "" not in look.values:
-        return {name: sum(n for v, n in counts.items() if v > least) for name, counts in look.values.items()}
+        return named
     if threshold is None:
-        return {value: count for value, count in look.values[""].items() if value}
+        return {value: count for value, count in look.values[""].items() if value} | named
     return {1: sum(count for value, count in look.values[""].items() if value > least)}
 
 

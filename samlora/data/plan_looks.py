@@ -8,7 +8,8 @@ import numpy as np
 
 from samlora.data.folders import Pair
 from samlora.data.grid import Volume, count_values
-from samlora.data.sources import LOSSY, on_grid, read_image
+from samlora.data.pictures import is_lossy
+from samlora.data.sources import on_grid, read_image, read_label_map
 from samlora.data.volume import read_volume
 from samlora.errors import InputError
 
@@ -21,8 +22,9 @@ _COLOUR = 24  # difference of the channels, of 255, from which on a pixel is col
 class LabelLook:
     """What the label of one case shows. shape, spacing, axes: as in the file; spacing None and axes "" if unknown.
 
-    values: structure ("" for a label map) -> value -> voxels, background included. filled: along each axis, how many
-    slices show anything. soft: the threshold that the file needs, being a JPEG (lossy) or having fractions.
+    values: structure ("" for a label map) -> value -> voxels, background included; what a label map names itself is a
+    structure. filled: along each axis, how many slices show anything. soft: the threshold that the file needs, being a
+    JPEG (lossy) or having fractions. names: value -> structures, as the label map has them.
     """
 
     case: str
@@ -34,6 +36,7 @@ class LabelLook:
     filled: tuple[int, int, int]
     soft: float | None
     lossy: bool
+    names: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -55,10 +58,11 @@ def look_at_label(pair: Pair) -> LabelLook:
     files = {"": (pair.label,)} if isinstance(pair.label, Path) else pair.label
     values: dict[str, dict[int, int]] = {}
     shown, soft = None, None
+    names: dict[int, tuple[str, ...]] = {}
     for structure, paths in files.items():
         counts: Counter[int] = Counter()
         for path in paths:
-            volume, threshold = _raw(path)
+            volume, threshold = _raw(path, pair if structure == "" else None)
             soft = soft if threshold is None else threshold
             counts.update(count_values(volume.array))
             if shown is not None and shown.shape != volume.array.shape:
@@ -66,28 +70,50 @@ def look_at_label(pair: Pair) -> LabelLook:
                     f"{path}: shape {volume.array.shape}, but {shown.shape} in the other masks of the case"
                 )
             shown = volume.array != 0 if shown is None else shown | (volume.array != 0)
-        values[structure] = dict(counts)
+        names = dict(volume.names or {}) if structure == "" else {}
+        values[structure] = {value: count for value, count in counts.items() if value not in names}
+        for value in names:
+            for name in names[value]:
+                own = values.setdefault(name, {0: 0})
+                own[1] = own.get(1, 0) + counts.get(value, 0)
     filled = tuple(int(shown.any(axis=tuple({0, 1, 2} - {axis})).sum()) for axis in range(3))
     known = volume.has_spacing
     spacing, axes = (volume.spacing, volume.axes) if known else (None, "")
-    lossy = any(path.suffix.lower() in LOSSY for paths in files.values() for path in paths)
-    return LabelLook(pair.name, pair.test, volume.array.shape, spacing, axes, values, filled, soft, lossy)
+    lossy = any(is_lossy(path) for paths in files.values() for path in paths)
+    return LabelLook(pair.name, pair.test, volume.array.shape, spacing, axes, values, filled, soft, lossy, names)
 
 
-def _raw(path: Path) -> tuple[Volume, float | None]:
-    """A label file as it is, and None; or, of a JPEG or of fractions, 0 and 1 and the threshold that made them."""
-    if path.suffix.lower() in LOSSY:
+def _raw(path: Path, pair: Pair | None = None) -> tuple[Volume, float | None]:
+    """A label file as it is, and None; or, of a JPEG or of fractions, 0 and 1 and the threshold that made them.
+
+    pair: the case whose label map it is, for the names of its values.
+    """
+    if is_lossy(path):
         return read_volume(path, labels=True, threshold=SOFT), SOFT
     try:
+        if pair is not None:
+            return read_label_map(dataclasses.replace(pair, names={})), None
         return read_volume(path, labels=True), None
     except InputError:
         volume = read_volume(path)
-        if volume.array.dtype.kind != "f" or volume.array.ndim != 3 or volume.array.min() < 0:
+        array = volume.array
+        if array.dtype.kind != "f" or array.ndim != 3 or array.min() < 0:
             raise
-        if volume.array.max() > 255:
+        threshold = _soft_threshold(float(array.max()))
+        if threshold is None:
             raise
-    threshold = 0.5 if volume.array.max() <= 1 else SOFT
-    return dataclasses.replace(volume, array=(volume.array > threshold).astype(np.uint8)), threshold
+    return dataclasses.replace(volume, array=(array > threshold).astype(np.uint8)), threshold
+
+
+def _soft_threshold(highest: float) -> float | None:
+    """The middle of the range that a soft mask with this highest value has, or None if it is none.
+
+    Soft masks go up to 1, to 100 (per cent), or to the 255 of pictures; what ends elsewhere are labels that somebody
+    has resampled.
+    """
+    ranges = ((0.5, 1.0, 0.5), (50.0, 100.0, 50.0), (SOFT, 255.0, float(SOFT)))
+    near = 1e-3  # single precision, and filters that overshoot
+    return next((middle for low, high, middle in ranges if low < highest <= high * (1 + near)), None)
 
 
 def look_at_image(pair: Pair) -> ImageLook:

@@ -126,6 +126,8 @@ def _classes(plan: Plan) -> list[str]:
     lines = ["# Foreground classes 1, 2, 3 ... in this order. Rename them as you like; leave out what you do not need."]
     if "mask_threshold" in plan.choices:
         lines.append(_line("mask_threshold", plan.choices["mask_threshold"], plan.reasons["mask_threshold"]))
+    elif any(look.names for look in plan.labels):
+        lines.append("# name: what the label files call it (or several, [a, b], united); each goes by its own numbers.")
     elif isinstance(plan.classes[0].value, str):
         lines.append(
             "# name: the mask it is drawn from (or several, [a, b], united). Where masks overlap, the later class wins."

@@ -24,13 +24,14 @@ import yaml
 
 from samlora.data.dataset import check_patients
 from samlora.data.grid import Case, neighbours
+from samlora.data.label_tables import contradictions
 from samlora.data.layouts import Layout, Pair, find_pairs
 from samlora.data.parts import drop_small_parts
 from samlora.data.recipe import Recipe
 from samlora.data.sources import label_values, read_image, read_label, resolve_classes
-from samlora.data.volume import write_case, write_medsam, write_slice
+from samlora.data.volume import read_label_names, write_case, write_medsam, write_slice
 from samlora.errors import InputError
-from samlora.files import identity, whole
+from samlora.files import identity, same_name, whole
 from samlora.processes import Team, each, team, worker_count
 
 
@@ -175,7 +176,9 @@ def _prepare_case(job: _Job) -> dict:
         write_medsam(job.destination / files[-1], case.image, case.label, case.spacing and case.spacing[::-1])
     voxels = np.bincount(label.array.ravel(), minlength=recipe.num_classes + 1)
     record = {"name": name, **stamp, "geometry": case.geometry.to_dict(), "size": list(case.image.shape[:3])}
-    record |= {"files": files, "voxels": voxels.tolist(), "remarks": remarks}
+    names = read_label_names(pair.label) if isinstance(pair.label, Path) else {}
+    called = {str(value): list(found) for value, found in names.items()}
+    record |= {"files": files, "voxels": voxels.tolist(), "remarks": remarks, "names": called}
     _write_text(job.record, [json.dumps(record, indent=1)])
     return record
 
@@ -284,6 +287,7 @@ def _test_cases(
         return {name for name, patient in patients.items() if patient in chosen}, []
     warnings = []
     if test_cases is not None:
+        test_cases = [same_name(name) for name in test_cases]
         flag, chosen = "--test_cases", set(test_cases)
         unknown = [name for name in test_cases if name not in names]
         if unknown:
@@ -321,6 +325,10 @@ def _remarks(recipe: Recipe, records: list[dict]) -> list[str]:
     empty = [r["name"] for r in train if not _slices(r)]
     if empty:
         lines.append(f"no slice with foreground in {', '.join(empty)}")
+    if any(isinstance(value, int) for values in recipe.label_values for value in values):
+        tables = {r["name"]: {int(value): found for value, found in r.get("names", {}).items()} for r in records}
+        advice = "list the classes by name in the recipe, not by number"
+        lines += [f"label value {text}; {advice}" for text in contradictions(tables)]
     remarks: dict[str, dict[str, list[str]]] = {}
     for record in records:
         for remark in record["remarks"]:

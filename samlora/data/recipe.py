@@ -7,7 +7,7 @@ its volumes the same way and refuse those that were prepared otherwise.
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import numpy as np
 import yaml
 
 from samlora.data.grid import Case, Volume, body_axes, integers, reorient, slice_order, transposed
+from samlora.data.label_tables import values_named
+from samlora.data.opening import check_finite
 from samlora.errors import InputError, MissingFileError
-from samlora.files import shipped
+from samlora.files import read_text, same_name, shipped
 
 MODALITIES = ("ct", "mr", "image")
 KEEP = ("all", "foreground")
@@ -76,7 +78,8 @@ class Recipe:
                 object.__setattr__(self, key, self._range(key))
         object.__setattr__(self, "classes", tuple(self.classes))
         object.__setattr__(self, "label_values", tuple(tuple(values) for values in self.label_values))
-        object.__setattr__(self, "test_cases", tuple(self.test_cases))
+        names = [same_name(name) if isinstance(name, str) else name for name in self.test_cases]
+        object.__setattr__(self, "test_cases", tuple(names))
         if isinstance(self.channels, list | tuple):
             object.__setattr__(self, "channels", tuple(self.channels))
         self._check()
@@ -104,14 +107,16 @@ class Recipe:
         Raises MissingFileError if there is none, InputError (naming the file) if it cannot be used.
         """
         path = Path(name_or_path)
-        if path.suffix not in (".yaml", ".yml"):
+        if path.suffix.lower() not in (".yaml", ".yml"):
             path = shipped("datasets") / f"{name_or_path}.yaml"
         if not path.is_file():
             names = ", ".join(sorted(file.stem for file in shipped("datasets").glob("*.yaml")))
             raise MissingFileError(f"{name_or_path}: no such recipe; give a .yaml file or one of: {names}")
         try:
-            values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            values = yaml.load(read_text(path), _Loader)
+        except InputError:
+            raise
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
             raise InputError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
         return cls.from_dict(values, str(path))
 
@@ -184,6 +189,7 @@ class Recipe:
         else (D, H, W, C). Raises InputError, naming the volume, if its values or channels do not fit.
         """
         try:
+            check_finite(volume.array, "its array")
             array = self._in_range(self._chosen(volume.array))
         except InputError as error:
             raise InputError(f"{volume.path or 'the volume'}: {error}") from None
@@ -205,24 +211,39 @@ class Recipe:
         values = (np.clip(array.astype(np.float32), low, high) - low) / (high - low)
         return np.minimum(values, 1, out=values)  # rounding may end just above
 
-    def map_labels(self, array: np.ndarray) -> np.ndarray:
+    def map_labels(self, array: np.ndarray, names: Mapping[int, Sequence[str]] | None = None) -> np.ndarray:
         """Label values as classes: uint8 0..num_classes, same shape; values that no class lists become 0.
 
-        Raises InputError if the recipe has no classes yet or the labels are no whole numbers.
+        names: what the label map calls its values (`Volume.names`); a class that is given by its name has the values of
+        that name, none where the map does not show it. Of structures that overlap the later class gets the voxels.
+        Raises InputError if the recipe has no classes yet, names some and the map none, or the labels are no whole
+        numbers.
         """
         if not self.classes:
             raise InputError(f"recipe {self.name}: it has no classes; list them or use `samlora prepare`")
-        names = [value for values in self.label_values for value in values if isinstance(value, str)]
-        if names:
-            raise InputError(
-                f"recipe {self.name}: the value of {names[0]!r} is not known here; give numbers as classes"
-            )
+        groups = self.values_in(names)
         array = integers(array, f"recipe {self.name}: labels")
         low, high = int(array.min()), int(array.max())
         table = np.zeros(high - low + 1, np.uint8)
-        for index, values in enumerate(self.label_values, start=1):
+        for index, values in enumerate(groups, start=1):
             table[[value - low for value in values if low <= value <= high]] = index
         return table[array.astype(np.int32) - low if low else array]
+
+    def values_in(self, names: Mapping[int, Sequence[str]] | None) -> list[list[int]]:
+        """The values of each class in a label map that has these names. Raises InputError, as `map_labels`."""
+        groups = []
+        for values in self.label_values:
+            group: list[int] = []
+            for value in values:
+                if isinstance(value, int):
+                    group.append(value)
+                elif names:
+                    group += values_named(names, value)
+                else:
+                    advice = "the label map does not name its values; give numbers as classes"
+                    raise InputError(f"recipe {self.name}: the value of {value!r} is not known here: {advice}")
+            groups.append(group)
+        return groups
 
     def to_slices(self, volume: Volume) -> np.ndarray:
         """The volume's array (i, j, k) as slices (D, H, W): turned to `orientation`, cut along `slice_axis`.

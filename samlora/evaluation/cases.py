@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from samlora.data.folders import Masks, folder_or_file
-from samlora.data.grid import Case, Volume, count_values, match_grid, reorient, slice_order, transposed
+from samlora.data.grid import Case, Volume, common_grid, count_values, match_grid, reorient, slice_order, transposed
+from samlora.data.label_tables import names_beside, plain
 from samlora.data.recipe import Recipe
-from samlora.data.volume import read_volume
+from samlora.data.volume import read_volume, stem
 from samlora.errors import InputError
 from samlora.evaluation.frames import Frames, draw_frames
 from samlora.evaluation.matching import Trio
@@ -25,7 +26,8 @@ _ANISOTROPIC = 1.5  # slices thicker than this many pixels are shown as they wer
 class Job:
     """One case and how it is to be measured; see `folders.evaluate_folders`.
 
-    values: structure -> label, for masks. labels: those to measure; None for those found.
+    values: structure -> label, for masks and label maps that name their values. labels: those to measure; None for
+    those found. ignored: values of the reference whose voxels are not measured.
     """
 
     trio: Trio
@@ -34,24 +36,37 @@ class Job:
     threshold: float | None
     labels: tuple[int, ...] | None
     tolerances: tuple[float, ...]
+    ignored: tuple[int, ...] = ()
 
     def read(self) -> tuple[Volume, Volume]:
         """Prediction and reference on one grid. Raises InputError naming the file that cannot be used."""
         soft = self.recipe.mask_threshold if self.recipe is not None and self.threshold is None else self.threshold
         reference = self._label_map(self.trio.reference, soft)
+        left_out = np.isin(reference.array, self.ignored) if self.ignored and soft is None else None
+        if left_out is not None:
+            reference.array = np.where(left_out, reference.array.dtype.type(0), reference.array)
         if self.recipe is not None and isinstance(self.trio.reference, Path):
             try:
-                reference = dataclasses.replace(reference, array=self.recipe.map_labels(reference.array))
+                mapped = self.recipe.map_labels(reference.array, reference.names)
+                reference = dataclasses.replace(reference, array=mapped, names=None)
             except InputError as error:
                 raise InputError(f"{self.trio.path}: {error}") from None
         if self.trio.prediction is None:
             return dataclasses.replace(reference, array=np.zeros_like(reference.array)), reference
-        return _on_one_grid(self._label_map(self.trio.prediction, self.threshold), reference)
+        prediction, reference = _on_one_grid(self._label_map(self.trio.prediction, self.threshold, True), reference)
+        if left_out is not None:
+            prediction.array = np.where(left_out, prediction.array.dtype.type(0), prediction.array)
+        return prediction, reference
 
-    def _label_map(self, side: Path | Masks, threshold: float | None) -> Volume:
-        """A label map as it is read, or made of masks, which must not overlap."""
+    def _label_map(self, side: Path | Masks, threshold: float | None, predicted: bool = False) -> Volume:
+        """A label map, structures that it names numbered as they are here; or made of masks, which must not overlap."""
         if isinstance(side, Path):
-            return read_volume(side, labels=True, threshold=threshold)
+            volume = read_volume(side, labels=True, threshold=threshold)
+            if threshold is None and volume.names is None:
+                volume.names = names_beside(side, stem(side)) or None
+            # The values of a reference that a recipe describes are still those of its data set.
+            of_data_set = self.recipe is not None and not predicted
+            return volume if of_data_set or volume.names is None else self._numbered(volume)
         painted = None
         for name, path in ((name, path) for name, paths in side.items() for path in paths):
             mask = read_volume(path, labels=True, threshold=threshold)
@@ -61,11 +76,26 @@ class Job:
             value = self.values.get(name)
             if value is None:  # no class of the recipe
                 continue
-            inside = _on_one_grid(mask, painted)[0].array != 0
+            mask, painted = _on_one_grid(mask, painted)
+            inside = mask.array != 0
             if not np.isin(painted.array[inside], (0, value)).all():
                 raise InputError(f"{path}: overlaps another mask of its case; measure overlapping structures apart")
             painted.array[inside] = value
         return painted
+
+    def _numbered(self, volume: Volume) -> Volume:
+        """A label map that names its values, with the numbers that those structures have here."""
+        counts = count_values(volume.array)
+        table = np.arange(max(counts) + 1, dtype=np.uint16)
+        for value in sorted(counts.keys() & volume.names.keys()):
+            found = volume.names[value]
+            numbers = {number for name, number in self.values.items() if plain(name) in map(plain, found)}
+            if len(numbers) > 1:
+                both = " and ".join(found)
+                raise InputError(f"{volume.path}: {both} overlap; measure overlapping structures apart")
+            if numbers:
+                table[value] = numbers.pop()
+        return dataclasses.replace(volume, array=table[volume.array], names=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +151,12 @@ def draw(job: Job, labels: tuple[int, ...]) -> tuple[Frames, str]:
 
 
 def _on_one_grid(volume: Volume, to: Volume) -> tuple[Volume, Volume]:
-    """Both, with `volume` turned as `to` is; voxel by voxel where one of them says nothing about where it lies."""
+    """Both on one grid; voxel by voxel where one of them says nothing about where it lies.
+
+    Where one covers more slices than the other (DICOM SEG without its empty frames), the rest of the other is empty.
+    """
     if volume.has_spacing == to.has_spacing:
-        return match_grid(volume, to=to), to
+        return common_grid(volume, to)
     if volume.array.shape[:3] != to.array.shape[:3]:
         sizes = [" x ".join(map(str, v.array.shape[:3])) for v in (volume, to)]
         raise InputError(f"{volume.path}: has {sizes[0]} voxels, {to.path} has {sizes[1]}; they must be on one grid")
@@ -145,7 +178,8 @@ def _stack(volume: Volume, axis: int) -> np.ndarray:
 
 def _background(image: Volume, reference: Volume) -> Volume:
     """The image on the reference's grid, 0..1; colours stay, of other channels the first is shown."""
-    array = _on_one_grid(image, reference)[0].array
+    alike = image.has_spacing == reference.has_spacing
+    array = match_grid(image, to=reference).array if alike else _on_one_grid(image, reference)[0].array
     if array.ndim == 4 and array.shape[3] == 3 and array.dtype == np.uint8:
         return dataclasses.replace(reference, array=array.astype(np.float32) / 255)
     array = (array[..., 0] if array.ndim == 4 else array).astype(np.float32)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from samlora.data.findings import columns, few
-from samlora.data.folders import folder_or_file
+from samlora.data.folders import folder_or_file, not_read, not_read_note
 from samlora.data.recipe import Recipe
 from samlora.errors import InputError
 from samlora.evaluation.cases import Job, Measured, draw, measure
@@ -123,7 +123,10 @@ def evaluate_folders(
         )
     if not overwrite:
         _claim(output)
-    jobs = [Job(trio, called.recipe, called.values, threshold, wanted, tolerances) for trio in matched.trios]
+    jobs = [
+        Job(trio, called.recipe, called.values, threshold, wanted, tolerances, called.ignored)
+        for trio in matched.trios
+    ]
     workers = worker_count(workers, len(jobs))
     measured = each(measure, jobs, workers, "measuring")
     unit = _unit(measured)
@@ -135,7 +138,11 @@ def evaluate_folders(
     by_name = {job.trio.name: job for job in jobs}
     worst = sorted(by_name, key=lambda name: badness(name, results[policy][name]))[:cases_shown]
     drawn = each(functools.partial(draw, labels=found), [by_name[name] for name in worst], workers, "drawing")
-    notes = _notes(matched, measured) + _one_sided(results["strict"], names) + [note for _, note in drawn if note]
+    unread = [path for folder in (Path(prediction), Path(reference)) if folder.is_dir() for path in _unread(folder)]
+    notes = not_read_note(unread) + _notes(matched, measured)
+    notes += _one_sided(results["strict"], names) + [note for _, note in drawn if note]
+    if called.ignored:
+        notes.append(f"voxels with value {' '.join(map(str, called.ignored))} in a reference are not measured (ignore)")
     result = Evaluation(output, results, summaries, names, policy, unit, tolerances, notes)
     about = {
         "command": _COMMAND,
@@ -177,6 +184,10 @@ def _checked(policy: str, tolerances: Sequence[float], cases_shown: int) -> tupl
     if not tolerances or not all(0 <= t < float("inf") for t in tolerances):
         raise InputError(f"--tolerance {' '.join(map(str, tolerances))}: numbers of mm, 0 or more, are needed")
     return tolerances
+
+
+def _unread(folder: Path) -> list[Path]:
+    return not_read(folder, taken=[path for path in folder.iterdir() if path.is_dir()])
 
 
 def _unit(measured: Sequence[Measured]) -> str:

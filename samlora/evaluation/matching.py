@@ -11,8 +11,8 @@ from samlora.data.folders import Masks, folder_or_file, is_dicom_folder, label_e
 from samlora.data.volume import VOLUMES, stem
 from samlora.errors import InputError, MissingFileError
 
-_PREDICTION = re.compile(r"(.+)_(?:pred|prediction|predicted|output)", re.IGNORECASE)
-_REFERENCE = re.compile(r"(.+)_(?:gt|seg|segmentation|label|labels|mask|truth|reference|ref)", re.IGNORECASE)
+_PREDICTION = re.compile(r"(.+)[_.](?:pred|prediction|predicted|output)", re.IGNORECASE)
+_REFERENCE = re.compile(r"(.+)[_.](?:gt|seg|segmentation|label|labels|mask|truth|reference|ref)", re.IGNORECASE)
 _IMAGE = re.compile(r"(.+)_(?:img|image)", re.IGNORECASE)
 _NUMBERED = re.compile(r"(?:img|label|seg|mask)(\d{4,})", re.IGNORECASE)
 _CHANNEL = re.compile(r"(.+)_\d{4}")  # nnU-Net numbers the channels of an image

@@ -5,6 +5,7 @@ surfaces, which is computed once per pair and only where the masks are.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -117,10 +118,11 @@ def evaluate(
     if policy not in POLICIES:
         raise InputError(f"policy {policy!r} is unknown; choose one of {', '.join(POLICIES)}")
     for tolerance in (tolerance_mm, *tolerances_mm):
-        if not (math.isfinite(tolerance) and tolerance >= 0):
+        if not isinstance(tolerance, int | float | np.number) or not (math.isfinite(tolerance) and tolerance >= 0):
             raise InputError(f"tolerance_mm is {tolerance}; it must be a finite number of mm, 0 or more")
     tolerances = {"nsd": tolerance_mm} | {f"nsd_{tolerance:g}mm": tolerance for tolerance in tolerances_mm}
-    masks = np.asarray(pred).dtype == np.asarray(gt).dtype == bool
+    pred, gt = _as_array(pred, "prediction"), _as_array(gt, "reference")
+    masks = pred.dtype.kind == gt.dtype.kind == "b"
     pred, gt = _label_map(pred, "prediction"), _label_map(gt, "reference")
     _check_shapes(pred, gt)
     if pred.ndim not in (2, 3):
@@ -327,8 +329,19 @@ def _union(*boxes: tuple[slice, ...]) -> tuple[slice, ...]:
     )
 
 
+def _as_array(array: object, name: str) -> np.ndarray:
+    """What a caller gives, an array, nested lists or a tensor, as an array."""
+    if isinstance(array, str | os.PathLike):
+        raise InputError(f"{name} is a path; give an array, or measure files with: samlora evaluate")
+    try:
+        array = np.asarray(array)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(array).__name__
+        raise InputError(f"{name} is of type {kind} and no array; give a NumPy array of whole numbers") from None
+    return array
+
+
 def _label_map(array: np.ndarray, name: str) -> np.ndarray:
-    array = np.asarray(array)
     if array.dtype == bool:
         return array.view(np.uint8)
     if array.dtype.kind not in "iu":
@@ -350,6 +363,8 @@ def _check_shapes(pred: np.ndarray, gt: np.ndarray) -> None:
 
 
 def _checked_labels(labels: Sequence[int]) -> list[int]:
+    if isinstance(labels, str) or not hasattr(labels, "__iter__"):
+        raise InputError(f"labels {labels!r}: a list of whole numbers, such as [1, 2], is needed")
     for label in labels:
         if not isinstance(label, (int, np.integer)) or not 1 <= label <= LARGEST_LABEL:
             raise InputError(f"label {label!r} cannot be measured; it must be in 1..{LARGEST_LABEL}")
@@ -357,7 +372,10 @@ def _checked_labels(labels: Sequence[int]) -> list[int]:
 
 
 def _checked_spacing(spacing: Sequence[float], ndim: int) -> np.ndarray:
-    step = np.asarray(spacing, dtype=np.float64)
+    try:
+        step = np.asarray(spacing, dtype=np.float64)
+    except (TypeError, ValueError):
+        step = np.array(np.nan)
     if step.shape != (ndim,) or not (np.isfinite(step) & (step > 0)).all():
         raise InputError(f"spacing is {spacing}; a {ndim}D array needs {ndim} positive numbers, one per axis")
     return step

@@ -8,23 +8,28 @@ from pathlib import Path
 
 from samlora.data.findings import few
 from samlora.data.folders import Layout, Pair
+from samlora.data.label_tables import IGNORED, contradictions, plain
 from samlora.data.recipe import Recipe
 from samlora.data.sources import resolve_classes
+from samlora.data.volume import read_label_names
 from samlora.errors import InputError, MissingFileError
 from samlora.evaluation.matching import Matched
+from samlora.files import read_text
 
 
 @dataclass(frozen=True)
 class Called:
-    """What labels are called. names: label -> class; values: structure that is a mask of its own -> label.
+    """What labels are called. names: label -> class; values: structure, of masks or named by its file -> label.
 
-    recipe: as given, with the values that the references hold. source: where the names are from, for people.
+    recipe: as given, with the values that the references hold. source: where the names are from, for people. ignored:
+    values in the references of voxels that are not measured.
     """
 
     names: dict[int, str]
     values: dict[str, int]
     recipe: Recipe | None
     source: str
+    ignored: tuple[int, ...] = ()
 
 
 def find_names(
@@ -42,13 +47,15 @@ def find_names(
     """
     beside = [folder / "dataset.json" for folder in (reference, reference.parent, prediction)]
     beside = [path for path in beside if path.is_file()]
+    ignored = ignored_labels(beside[0]) if beside else ()
     if recipe is not None:
         known = {name: [value] for value, name in read_names(beside[0]).items()} if beside else {}
         pairs = [Pair(trio.name, (), trio.reference) for trio in matched.trios]
         recipe = resolve_classes(recipe, Layout("", pairs, known, (), []))
         classes = dict(enumerate(recipe.classes, start=1))
         values = {str(value): n for n, group in enumerate(recipe.label_values, start=1) for value in group}
-        return Called(classes, values | {name: n for n, name in classes.items()}, recipe, f"recipe {recipe.name}")
+        values |= {name: n for n, name in classes.items()}
+        return Called(classes, values, recipe, f"recipe {recipe.name}", ignored)
     source = ""
     if isinstance(names, Mapping):
         known = dict(names)
@@ -57,17 +64,62 @@ def find_names(
         known = read_names(source)
     else:
         known = {}
+    known = {value: name for value, name in known.items() if value not in ignored}
     structures = sorted({name for trio in matched.trios for name in trio.structures})
     sides = [side for trio in matched.trios for side in (trio.prediction, trio.reference)]
     if structures and not known:
         if any(isinstance(side, Path) for side in sides):
             raise InputError(f"--names: is needed to know which value in the label maps is {few(structures)}")
         known = dict(enumerate(structures, start=1))
+    if not structures:
+        known = _with_own_names(known, [side for side in sides if isinstance(side, Path)])
     values = {name: value for value, name in known.items()}
     unknown = [name for name in structures if name not in values]
     if unknown:
         raise InputError(f"--names: says nothing about {few(unknown)}, of which there are masks; add them")
-    return Called(known, values, None, source)
+    return Called(known, values, None, source, ignored)
+
+
+def _with_own_names(known: dict[int, str], files: Sequence[Path]) -> dict[int, str]:
+    """`known` and what the label files call their own values, each structure with one number for all files.
+
+    Raises InputError where they number structures differently and a file that has no names stands among them.
+    """
+    files = list(dict.fromkeys(files))
+    tables = {path: table for path in files if (table := read_label_names(path))}
+    if not tables:
+        return known
+    found = {path: {value: names[0] for value, names in table.items()} for path, table in tables.items()}
+    numbers: dict[str, set[int]] = {}
+    for table in found.values():
+        for value, name in table.items():
+            numbers.setdefault(plain(name), set()).add(value)
+    texts = contradictions({path.name: table for path, table in tables.items()})
+    alike = not texts and all(len(values) == 1 for values in numbers.values())
+    called = {plain(name): name for table in reversed(found.values()) for name in table.values()}
+    if not known and alike:
+        return {next(iter(values)): called[key] for key, values in numbers.items()}
+    if not known and len(tables) < len(files):
+        silent = next(path for path in files if path not in tables)
+        why = texts[0] if texts else f"{next(n for n in called.values())} has several numbers"
+        raise InputError(
+            f"{silent}: does not name its values, and the other files number theirs differently ({why}); give --names"
+        )
+    listed = set(map(plain, known.values()))
+    if listed and not listed & numbers.keys():
+        return known  # other words, perhaps of another language: only the numbers can be compared
+    free = (n for n in range(1, 65536) if n not in known)
+    return known | {next(free): called[key] for key in sorted(called) if key not in listed}
+
+
+def ignored_labels(path: Path) -> tuple[int, ...]:
+    """The values that a dataset.json calls "ignore"; none where it is not to be read so."""
+    try:
+        values = json.loads(read_text(path))["labels"]
+        pairs = [(value, key) if str(key).isdigit() else (key, value) for key, value in values.items()]
+        return tuple(int(value) for name, value in pairs if plain(str(name)) in IGNORED and int(value))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return ()
 
 
 def read_names(path: str | os.PathLike) -> dict[int, str]:
@@ -85,12 +137,14 @@ def read_names(path: str | os.PathLike) -> dict[int, str]:
     if path.suffix.lower() == ".safetensors":
         return dict(enumerate(_adapter_classes(path), start=1))
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
         values = values.get("labels", values)
         if not all(str(key).isdigit() for key in values):
             values = {n: name for name, value in values.items() for n in ([value] if type(value) is int else value)}
         names = {int(value): str(name) for value, name in values.items() if int(value) > 0}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except InputError:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f'--names {path}: no names of labels in it ({type(error).__name__}); {{"1": "liver"}} is needed'
         ) from None

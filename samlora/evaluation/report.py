@@ -15,7 +15,7 @@ import numpy as np
 
 from samlora.colours import PALETTE, class_colour
 from samlora.errors import InputError, MissingFileError
-from samlora.files import whole
+from samlora.files import read_text, whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -373,8 +373,7 @@ def _read_columns(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file; the folder of a training run holds a metrics.csv")
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("step")]
+        rows = [row for row in csv.DictReader(read_text(path).splitlines()) if row.get("step")]
         names = rows[0] if rows else ()
         columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
     except (ValueError, TypeError) as error:

@@ -42,16 +42,25 @@ def check_prompts(points, labels, box, mask, shape: tuple[int, int], low_side: i
     return Asked(points, labels, boxes, masks, counts.pop(), any(array.ndim == axes for array, axes in there))
 
 
+def _numbers(given, what: str, dtype: type | None) -> np.ndarray:
+    """What a caller gives, an array, a list or a tensor, as an array. Raises InputError where it holds no numbers."""
+    try:
+        return np.asarray(given, dtype)
+    except (TypeError, ValueError):
+        shown = str(given)[:60]
+        raise InputError(f"{what}: {shown!r} is no array of numbers; lists of one length are needed") from None
+
+
 def _checked_points(points, labels, width: int, height: int) -> tuple[np.ndarray | None, np.ndarray | None]:
     """(N, 2) or (P, N, 2) float64 and labels (N,) or (P, N) int64."""
     if points is None:
         if labels is not None:
             raise InputError("labels without points; give both, or neither")
         return None, None
-    points = np.asarray(points, np.float64)
+    points = _numbers(points, "points", np.float64)
     if points.ndim not in (2, 3) or points.shape[-1] != 2 or not points.size:
         raise InputError(f"points of shape {points.shape}: (N, 2), or (P, N, 2) for P prompts, is needed")
-    labels = np.ones(points.shape[:-1], np.int64) if labels is None else np.asarray(labels)
+    labels = np.ones(points.shape[:-1], np.int64) if labels is None else _numbers(labels, "labels", None)
     if labels.shape != points.shape[:-1]:
         raise InputError(
             f"labels of shape {labels.shape} for points of shape {points.shape}; one label a point is needed"
@@ -70,7 +79,7 @@ def _checked_points(points, labels, width: int, height: int) -> tuple[np.ndarray
 def _checked_boxes(boxes, width: int, height: int) -> np.ndarray | None:
     if boxes is None:
         return None
-    boxes = np.asarray(boxes, np.float64)
+    boxes = _numbers(boxes, "a box", np.float64)
     if boxes.ndim not in (1, 2) or boxes.shape[-1] != 4 or not boxes.size:
         raise InputError(f"a box of shape {boxes.shape}: (4,), or (P, 4) for P prompts, is needed")
     rows = boxes.reshape(-1, 4)
@@ -88,12 +97,14 @@ def _checked_logits(mask, side: int) -> np.ndarray | None:
     """(1, L, L) or (P, 1, L, L) float32."""
     if mask is None:
         return None
-    mask = np.asarray(mask, np.float32)
+    mask = _numbers(mask, "a mask", np.float32)
     if mask.shape[-2:] != (side, side) or mask.ndim > 4 or (mask.ndim == 4 and mask.shape[1] != 1):
         raise InputError(
             f"a mask of shape {mask.shape}: logits ({side}, {side}) of an earlier answer are needed; "
             "as_prompt() makes them of a mask on the image's pixels"
         )
+    if not np.isfinite(mask).all():
+        raise InputError("a mask that holds NaN or infinite values: logits of an earlier answer are needed")
     if mask.ndim == 2:
         return mask[None]
     return mask[:, None] if mask.ndim == 3 and len(mask) > 1 else mask

@@ -15,6 +15,8 @@ from samlora.inference.propagate import Step, carry
 class BoxSegmenter:
     """Makes label maps of inputs by boxes, as a `samlora.inference.predict.Segmenter`."""
 
+    remark = ""
+
     def __init__(self, predictor: Predictor, source: BoxFile | ReferenceBoxes, propagate: bool):
         """Takes a predictor and boxes. propagate: as of `label_by_boxes`."""
         self._predictor = predictor

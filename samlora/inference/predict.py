@@ -14,19 +14,20 @@ import torch
 from torch import nn
 
 from samlora.colours import class_colour
-from samlora.data.folders import Pair, few
+from samlora.data.folders import Pair, few, not_read_note
+from samlora.data.given import check_case, check_volume, kind_of, whole_number
 from samlora.data.grid import Case, Volume, case_to_volume, to_show
 from samlora.data.recipe import Recipe
-from samlora.data.sources import find_images, read_image
+from samlora.data.sources import find_images, left_out, read_image
 from samlora.data.volume import read_case, read_volume, write_dicom_seg, write_volume
 from samlora.device import DTYPES, device_name
 from samlora.engine import launch
-from samlora.errors import InputError
+from samlora.errors import InputError, NoSegmentationError
 from samlora.evaluation.animation import animation
 from samlora.evaluation.report import contact_sheet
 from samlora.files import identity, whole
 from samlora.inference.config import PredictConfig
-from samlora.inference.ensemble import Averaged
+from samlora.inference.ensemble import Averaged, without_exchanges
 from samlora.inference.postprocess import Postprocess
 from samlora.inference.slices import check_automatic, predict_slices
 from samlora.journal import Journal
@@ -38,7 +39,8 @@ from samlora.model.lora import merge
 # What a label map is written as, by what its image came as; everything else becomes NIfTI.
 _ENDINGS = {
     ".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha", ".nii": ".nii", ".npy": ".npy",
-    ".png": ".png", ".jpg": ".png", ".jpeg": ".png", ".bmp": ".png", ".tif": ".tif", ".tiff": ".tif",
+    ".png": ".png", ".jpg": ".png", ".jpeg": ".png", ".bmp": ".png", ".webp": ".png", ".jp2": ".png", ".j2k": ".png",
+    ".tif": ".tif", ".tiff": ".tif", ".gif": ".tif",
 }  # fmt: skip
 
 
@@ -60,8 +62,12 @@ def predict_volume(
     with the number of slices done. Raises InputError when the recipe is not the adapter's, or volume and recipe do
     not fit.
     """
+    if not isinstance(getattr(model, "spec", None), Spec):
+        raise InputError(f"{kind_of(model)} is no model of samlora; load one with samlora.load_model")
+    batch_size = whole_number(batch_size, "batch_size", 1)
+    check_automatic(model, "the model")
     recipe = fitting_recipe(model.spec, recipe)
-    case = volume if isinstance(volume, Case) else as_case(volume, recipe)
+    case = check_case(volume) if isinstance(volume, Case) else as_case(volume, recipe)
     labels = predict_case(model, case, recipe, batch_size, precision, progress)
     if postprocess is not None:
         labels = postprocess(labels, case.spacing)
@@ -92,6 +98,8 @@ def predict_case(
 
 def fitting_recipe(spec: Spec, recipe: Recipe | None) -> Recipe:
     """The recipe of the adapter, or the one given where it has none. Raises InputError where they differ."""
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise InputError(f"recipe: is of type {kind_of(recipe)}; a Recipe is needed: Recipe.load(NAME_OR_FILE)")
     if spec.recipe is None:
         if recipe is None:
             raise InputError(
@@ -106,8 +114,15 @@ def fitting_recipe(spec: Spec, recipe: Recipe | None) -> Recipe:
 
 
 def as_case(volume: Volume | str | os.PathLike, recipe: Recipe) -> Case:
-    """A volume, or what lies at a path, as the slices `recipe` makes of it."""
-    if not isinstance(volume, Volume):
+    """A volume, or what lies at a path, as the slices `recipe` makes of it. Raises InputError for anything else."""
+    if isinstance(volume, Volume):
+        check_volume(volume)
+    elif not isinstance(volume, str | os.PathLike):
+        raise InputError(
+            f"a volume is of type {kind_of(volume)}; give a path, or samlora.data.grid.Volume(array, affine): an array "
+            "alone does not say how large its voxels are and which way they lie"
+        )
+    else:
         if str(volume).endswith(".npy.h5"):
             case = read_case(volume)
             if case.recipe is not None:
@@ -136,7 +151,8 @@ def predict(inputs: Sequence[str | os.PathLike], config: PredictConfig) -> Path:
     if config.by_boxes:
         segmenter, pairs, notes = _by_boxes(config, pairs, fabric.device, DTYPES[precision])
     else:
-        segmenter, notes = _Automatic(config, fabric.device, DTYPES[precision]), []
+        segmenter = _Automatic(config, fabric.device, DTYPES[precision])
+        notes = segmenter.notes
     options = _options(config)
     jobs = [_Job(pair, out, config, options | segmenter.made_by(pair)) for pair in pairs]
     mine = jobs[fabric.global_rank :: fabric.world_size]
@@ -146,7 +162,7 @@ def predict(inputs: Sequence[str | os.PathLike], config: PredictConfig) -> Path:
     if fabric.is_global_zero:
         device = device_name(fabric.device)
         journal.say(f"{segmenter.heading}; {len(pairs)} inputs, device {device}, {precision}")
-        for note in notes:
+        for note in [*notes, *not_read_note(left_out(inputs))]:
             journal.say(note)
     failed = []
     for number, job in enumerate(mine):
@@ -175,6 +191,7 @@ class Segmenter(Protocol):
     """What makes the label map of an input: a system by itself, or boxes."""
 
     heading: str
+    remark: str  # on the case whose labels were made last, for people; "" if there is none
 
     def made_by(self, pair: Pair) -> dict:
         """What decides the result of an input beside its file and `_options`, as plain data."""
@@ -199,7 +216,11 @@ class _Automatic:
         self._recipe = fitting_recipe(self._model.spec, None if config.recipe is None else Recipe.load(config.recipe))
         self._batch_size, self._precision = config.batch_size, precision
         self._names = dict(enumerate(self._model.spec.class_names, start=1))
-        self.heading = _heading(config, self._model.spec, self._recipe)
+        note = getattr(self._model, "note", "")
+        flips = config.tta and not note
+        self.heading = _heading(config, self._model.spec, self._recipe, flips)
+        self.notes = [note] if note else []
+        self.remark = ""
 
     def made_by(self, pair: Pair) -> dict:
         return {"recipe": self._recipe.to_dict()}
@@ -214,7 +235,10 @@ class _Automatic:
     def labels(
         self, pair: Pair, case: Case, progress: Callable[[int], object] | None = None
     ) -> tuple[np.ndarray, dict[int, str]]:
-        found = predict_case(self._model, case, self._recipe, self._batch_size, self._precision, progress)
+        def predict(model: nn.Module) -> np.ndarray:
+            return predict_case(model, case, self._recipe, self._batch_size, self._precision, progress)
+
+        found, self.remark = without_exchanges(self._model, predict)
         return found, self._names
 
 
@@ -279,22 +303,43 @@ class _Job:
         return {"source": [identity(path) for path in self.pair.images], **self.made_by}
 
     def done(self) -> bool:
-        """Whether the result is there, whole, and made from the same input in the same way."""
-        try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
-            same = {key: record[key] for key in self.stamp()} == self.stamp()
-        except (OSError, ValueError, KeyError, TypeError):
+        """Whether the result is there, complete, and made from the same input in the same way.
+
+        What cannot be written of this input, and was said to be so, is not waited for.
+        """
+        record = self._record()
+        if "found" not in record:  # begun, and not finished
             return False
-        return same and all(path.is_file() for path in self.files())
+        there = [self.out / file for file in record["files"]]
+        impossible = [self.out / file for file in record.get("not_written", {})]
+        return all(path.is_file() for path in there) and set(self.files()) <= {*there, *impossible}
 
     def claim(self) -> None:
         """Raises InputError where a file that is not of this job stands in the way."""
         blocked = [path for path in self.files() if path.exists()]
-        if blocked and not self.done() and not self.config.overwrite:
+        if blocked and not self._record() and not self.config.overwrite:
             raise InputError(
                 f"{blocked[0]}: is there already, from another input, adapter or set of options; "
                 "give --overwrite or another --output"
             )
+
+    def begin(self) -> None:
+        """Marks what is written from now on as of this job, so that the next run finishes it."""
+        self.finish({"files": []})
+
+    def finish(self, values: dict) -> None:
+        """Records what has become of the job."""
+        with whole(self.record) as part:
+            part.write_text(json.dumps(self.stamp() | values, indent=1) + "\n", encoding="utf-8")
+
+    def _record(self) -> dict:
+        """What is recorded of the same input, made in the same way; empty without it."""
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+            same = {key: record[key] for key in self.stamp()} == self.stamp()
+            return record if same and isinstance(record["files"], list) else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
 
 def _predict_one(job: _Job, segmenter: Segmenter, postprocess: Postprocess | None, number: int, count: int) -> str:
@@ -310,39 +355,58 @@ def _predict_one(job: _Job, segmenter: Segmenter, postprocess: Postprocess | Non
     if postprocess is not None:
         stack = postprocess(stack, case.spacing)
     labels = case_to_volume(case, stack)
-    job.record.unlink(missing_ok=True)
-    _write(job, labels, names)
+    job.begin()
+    written, not_written = _write(job, labels, names)
     _draw(job, case, stack, names)
     seconds = time.perf_counter() - began
     unit, size = ("ml", np.prod(labels.spacing) / 1000) if labels.has_spacing else ("pixels", 1)
     counts = np.bincount(labels.array.ravel(), minlength=max(names, default=0) + 1)
     found = {name: float(counts[label] * size) for label, name in names.items()}
     record = {
-        **job.stamp(),
-        "files": [str(file.relative_to(job.out)) for file in job.files()],
+        "files": written,
         "labels": {str(label): name for label, name in names.items()},
         "unit": unit,
         "found": found,
     }
-    with whole(job.record) as part:
-        part.write_text(json.dumps(record | {"seconds": seconds}, indent=1) + "\n", encoding="utf-8")
+    if not_written:
+        record["not_written"] = not_written
+    job.finish(record | {"seconds": seconds})
     listed = ", ".join(f"{name} {value:.4g} {unit}" for name, value in found.items() if value)
-    return f"{job.pair.name}: {len(case.image)} slices in {seconds:.1f} s: {listed or 'nothing found'}"
+    without = "".join(f"; without {file}: {why}" for file, why in not_written.items())
+    remark = f" ({segmenter.remark})" if segmenter.remark else ""
+    found_text = listed or "nothing found"
+    return f"{job.pair.name}: {len(case.image)} slices in {seconds:.1f} s: {found_text}{remark}{without}"
 
 
-def _write(job: _Job, labels: Volume, names: dict[int, str]) -> None:
-    """Writes the label map in every format that is wanted."""
+def _write(job: _Job, labels: Volume, names: dict[int, str]) -> tuple[list[str], dict[str, str]]:
+    """Writes the label map in every format that is wanted.
+
+    Returns:
+        The files that were written, and those that cannot be of this input, with the reason. Raises InputError where
+        that is all that was wanted.
+    """
     colours = [class_colour(label) for label in range(1, max(names, default=0) + 1)]
     palette = [tuple(round(255 * part) for part in colour) for colour in colours]
+    written, not_written = [], {}
     for file in job.files():
+        name = str(file.relative_to(job.out))
         if file.suffix != ".dcm":
             write_volume(labels, file, palette=palette)
+            written.append(name)
             continue
         # The segments of a DICOM SEG are numbered without gaps; a label map may have some.
         segments = np.zeros(max(names, default=0) + 1, np.uint16)
         segments[list(names)] = range(1, len(names) + 1)
         numbered = dataclasses.replace(labels, array=segments[labels.array])
-        write_dicom_seg(numbered, job.pair.images[0], file, list(names.values()), series=job.config.series)
+        try:
+            write_dicom_seg(numbered, job.pair.images[0], file, list(names.values()), series=job.config.series)
+            written.append(name)
+        except NoSegmentationError as error:
+            if not written:
+                raise
+            file.unlink(missing_ok=True)  # that of another adapter or set of options
+            not_written[name] = str(error)
+    return written, not_written
 
 
 def _draw(job: _Job, case: Case, labels: np.ndarray, names: dict[int, str]) -> None:
@@ -372,9 +436,9 @@ def _options(config: PredictConfig) -> dict:
     return {"adapters": adapters, "options": options}
 
 
-def _heading(config: PredictConfig, spec: Spec, recipe: Recipe) -> str:
+def _heading(config: PredictConfig, spec: Spec, recipe: Recipe, with_flips: bool) -> str:
     models = "" if len(config.adapter) == 1 else f", mean of {len(config.adapter)} adapters"
-    flips = ", mean of 4 flips" if config.tta else ""
+    flips = ", mean of 4 flips" if with_flips else ""
     base = f"{spec.system} on {spec.variant}, base {spec.base}, {spec.image_size} px{models}{flips}"
     return f"{base}; recipe {recipe.name}, {len(spec.class_names)} classes"
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from samlora.data.frame import Frame
+from samlora.data.given import check_case, check_picture, check_volume, kind_of
 from samlora.data.grid import Case, Volume, case_to_volume
 from samlora.data.pictures import PICTURE_AFFINE
 from samlora.data.recipe import Recipe
@@ -24,6 +25,7 @@ from samlora.inference.asked import check_prompts
 from samlora.inference.predict import as_case, fitting_recipe
 from samlora.inference.prompted import encode_slices
 from samlora.inference.propagate import Carried, StopRule, propagate
+from samlora.inference.slices import check_answer
 from samlora.model import checkpoint
 from samlora.model.bases import ALL_PROMPTS, BASES, base_name, default_base, known_base
 from samlora.model.build import build_model, load_model
@@ -84,6 +86,8 @@ class Predictor:
         used last: 1 MiB a slice at 512 px, 4 MiB at 1024 px, half of it in half precision.
         Raises InputError when the recipe is not the adapter's, or the model is no SAM (a baseline such as a U-Net).
         """
+        if not isinstance(getattr(model, "spec", None), checkpoint.Spec):
+            raise InputError(f"{kind_of(model)} is no model of samlora; load one with samlora.load_model")
         if not isinstance(model, Sam):
             raise InputError(
                 f"the system {model.spec.system} is no SAM and takes no prompts; use samlora.predict_volume"
@@ -161,16 +165,22 @@ class Predictor:
     def to_case(self, image: np.ndarray | str | os.PathLike | Volume | Case) -> Case:
         """The slices that `set_image` takes of an image. Raises what it raises."""
         if isinstance(image, Case):
-            return image
+            return check_case(image)
         if isinstance(image, np.ndarray):
-            _check_picture(image)
+            image = check_picture(image, "the image", self._channels())
             if self.recipe is None or self.recipe.modality != "image":
                 return Case(image[None])
             array = np.swapaxes(image, 0, 1)[:, :, None]
             return self.recipe.to_case(Volume(array, PICTURE_AFFINE.copy(), path="the image", has_spacing=False))
-        if self.recipe is not None:
+        known = isinstance(image, str | os.PathLike | Volume)
+        if self.recipe is not None and known:
             return as_case(image, self.recipe)
-        if not isinstance(image, Volume):
+        if isinstance(image, Volume):
+            check_volume(image)
+        elif not isinstance(image, str | os.PathLike):
+            advice = "a NumPy array (H, W) or (H, W, 3): numpy.asarray(...), a path, a Volume or a Case is needed"
+            raise InputError(f"the image is of type {kind_of(image)}; {advice}")
+        else:
             if str(image).endswith(".npy.h5"):
                 raise InputError(f"{image}: prepared slices need the recipe that made them; give it as recipe")
             image = read_volume(Path(image))
@@ -180,6 +190,12 @@ class Predictor:
             # Eight bits stay eight bits, so that Pillow scales them as in SAM's own predictor.
             case.image = np.rint(case.image * 255).astype(np.uint8)
         return case
+
+    def _channels(self) -> int | None:
+        """The channels that an array of colours must have; None for any, of which the recipe takes some."""
+        if self.recipe is not None and self.recipe.modality == "image":
+            return None if isinstance(self.recipe.channels, tuple) else 3
+        return self.model.spec.in_channels
 
     def select(self, index: int) -> "Predictor":
         """Goes to slice `index` of the volume, from 0, and encodes it; the clicks of the slice before are forgotten."""
@@ -248,6 +264,7 @@ class Predictor:
         chosen = slice(1, None) if multimask else slice(0, 1)
         logits = torch.cat([answer.masks[:, chosen] for answer in answers])
         scores = torch.cat([answer.iou[:, chosen] for answer in answers])
+        check_answer(logits)
         drawn = self._frame.logits(logits) > 0
         results = (x.cpu().numpy() for x in (drawn, scores, logits))
         return Masks(*(x if asked.many else x[0] for x in results))
@@ -262,6 +279,7 @@ class Predictor:
             raise InputError(f"the system {self.model.spec.system} needs prompts; use predict(), click() or draw_box()")
         embedding = self._embedding(self.index if index is None else index)
         logits = self.model.answer(embedding.float()).classes
+        check_answer(logits)
         return self._frame.classes(logits)[0].to(torch.uint8).cpu().numpy()
 
     # --- a person at work ------------------------------------------------------------------------------------------
@@ -371,6 +389,8 @@ class Predictor:
         return step.mask
 
     def _checked_index(self, index: int) -> int:
+        if not isinstance(index, int | np.integer):
+            raise InputError(f"slice {index!r}: a whole number is needed")
         if not 0 <= index < len(self):
             raise InputError(f"slice {index}: the image has slices 0 to {len(self) - 1}")
         return int(index)
@@ -393,16 +413,3 @@ class Predictor:
         with torch.autocast(self.device.type, self.precision, enabled=half):
             found = encode_slices(self.model, self.case.image, [index], self._frame, with_neighbours)
         return {n: embedding[None].to(self.precision) for n, embedding in found.items()}
-
-
-def _check_picture(image: np.ndarray) -> None:
-    if image.ndim not in (2, 3) or not image.size:
-        raise InputError(
-            f"an array of shape {image.shape}: (H, W) or (H, W, C) is needed; give volumes as Volume or path"
-        )
-    if image.dtype.kind == "f":
-        low, high = float(image.min()), float(image.max())
-        if not (low >= 0 and high <= 1):  # NaN too
-            raise InputError(f"an array with values {low:g}..{high:g}: uint8, or float in 0..1, is needed")
-    elif image.dtype != np.uint8:
-        raise InputError(f"an array of type {image.dtype}: uint8, or float in 0..1, is needed")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from samlora.data.frame import Frame
 from samlora.data.grid import neighbours
 from samlora.errors import InputError
-from samlora.inference.volumes import predict_patches
+from samlora.inference.volumes import NOT_FINITE, predict_patches
 from samlora.model.methods import system_row
 
 
@@ -20,6 +20,12 @@ def check_automatic(model: nn.Module, adapter: object) -> None:
             f"{adapter}: its system, {model.spec.system}, answers prompts and draws nothing without them; "
             "use samlora predict --boxes, samlora app, samlora evaluate-prompts or samlora.Predictor"
         )
+
+
+def check_answer(logits: Tensor) -> None:
+    """Raises InputError for logits that are not finite: the highest of them would be background, or anything."""
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError(NOT_FINITE)
 
 
 @torch.inference_mode()
@@ -58,6 +64,7 @@ def predict_slices(
         squares = frame.squares(batch, model.fill)
         with torch.autocast(torch.device(device).type, precision, enabled=precision != torch.float32):
             logits = model(squares.expand(-1, 3, -1, -1) if squares.shape[1] == 1 else squares)
+        check_answer(logits)
         labels.append(frame.classes(logits).to(torch.int32).cpu())
         if progress:
             progress(len(part))

@@ -23,7 +23,7 @@ from samlora.evaluation.report import (
     write_summary_json,
 )
 from samlora.inference.config import TestConfig
-from samlora.inference.ensemble import Averaged
+from samlora.inference.ensemble import Averaged, without_exchanges
 from samlora.inference.postprocess import Postprocess
 from samlora.inference.slices import check_automatic, predict_slices
 from samlora.journal import Journal
@@ -69,22 +69,27 @@ def test(config: TestConfig) -> dict[str, dict]:
     shrunk = f", slices shrunk to {input_size} px first" if input_size else ""
     heading = f"{spec.system} on {spec.variant}, base {spec.base}, {spec.image_size} px{shrunk}"
     journal.say(heading)
+    if getattr(model, "note", ""):
+        journal.say(model.note)
     journal.say(f"{len(paths)} volumes of {config.dataset}, device {device_name(device)}, {precision}")
     results: dict[str, dict] = {policy: {} for policy in POLICIES}
     worst, in_mm = Worst(CASES_SHOWN), True
     for path in _progress(paths):
         case = labelled_case(path, spec, config.lora_ckpt)
         began = time.perf_counter()
-        prediction = predict_slices(
-            model,
-            case.image,
-            spec.image_size,
-            input_size,
-            config.batch_size,
-            device,
-            DTYPES[precision],
+        predict = functools.partial(
+            predict_slices,
+            image=case.image,
+            image_size=spec.image_size,
+            input_size=input_size,
+            batch_size=config.batch_size,
+            device=device,
+            precision=DTYPES[precision],
             with_neighbours=with_neighbours,
         )
+        prediction, remark = without_exchanges(model, predict)
+        if remark:
+            journal.say(f"{case.name}: {remark}")
         if postprocess is not None:
             prediction = postprocess(prediction, case.spacing)
         seconds = time.perf_counter() - began

@@ -8,8 +8,13 @@ import torch
 from torch import nn
 
 from samlora.data.augment import resize_image, resize_label
+from samlora.errors import InputError
 from samlora.model.baselines import volume_logits
 
+NOT_FINITE = (
+    "the model's answer is not finite (NaN or infinite): the weights or the image hold values that no model was "
+    "trained with, or a number does not fit half precision (then choose --precision bf16 or 32)"
+)
 OVERLAP = 0.5  # of neighbouring patches, as nnU-Net has it
 
 
@@ -48,6 +53,8 @@ def predict_patches(
     with torch.autocast(torch.device(device).type, precision, enabled=precision != torch.float32):
         # Put together on the CPU: the logits of a whole volume need not fit on a GPU.
         logits = volume_logits(model, volume, OVERLAP, max(1, batch_size // model.roi[0]), "cpu", count)
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError(NOT_FINITE)
     labels = logits[0].argmax(dim=0).numpy().astype(np.uint8 if logits.shape[1] <= 256 else np.uint16)
     return resize_label(labels, shape) if resized else labels
 

@@ -1,5 +1,6 @@
 """From a row of samlora.model.methods to a model: built on a base to be trained, or loaded with its adapter."""
 
+import numbers
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 
 from samlora.errors import InputError
+from samlora.files import as_path
 from samlora.model import checkpoint
 from samlora.model.baselines import build_baseline, check_baseline
 from samlora.model.bases import base_name, find_base
 from samlora.model.checkpoint import Base, Spec
 from samlora.model.decoder import build_decoder
-from samlora.model.lora import LoRAOptions, inject_decoder, inject_encoder, translate_adapter
+from samlora.model.lora import LoRAOptions, check_layers, inject_decoder, inject_encoder, translate_adapter
 from samlora.model.methods import System, system_options, system_row, train_only, trained_names
 from samlora.model.sam import Sam, build_sam, usual_size
 from samlora.model.stem import InputStem
@@ -58,11 +60,22 @@ def build_model(
     The result's `.spec` says what it is. Raises InputError or MissingFileError when something does not fit.
     """
     row = system_row(system)
+    _check_base(base)
+    if num_classes is None:
+        raise InputError("num_classes None is not possible; it counts foreground classes: give 1 or more")
+    _check_counts(num_classes=num_classes, rank=rank, image_size=image_size, in_channels=in_channels)
     if num_classes < 1:
         raise InputError(f"num_classes {num_classes} is not possible; it counts foreground classes: give 1 or more")
+    if class_names is not None and (isinstance(class_names, str) or not isinstance(class_names, Iterable)):
+        raise InputError(f"class_names {class_names!r}: a list of names, one per foreground class, is needed")
     names = tuple(class_names) if class_names is not None else tuple(f"class_{i}" for i in range(1, num_classes + 1))
     if len(names) != num_classes:
         raise InputError(f"{len(names)} class names for num_classes {num_classes}; give one name per foreground class")
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(f"options {options!r}: a mapping of names to values is needed")
+    if lora_layers is not None:
+        lora_layers = list(lora_layers) if isinstance(lora_layers, Iterable) else lora_layers
+        check_layers(lora_layers)
     chosen = system_options(system, options)
     in_channels = (1 if row.volumetric else 3) if in_channels is None else in_channels
     if in_channels < 1:
@@ -102,6 +115,19 @@ def build_model(
         base_pixels=base_pixels,
     )
     return sam
+
+
+def _check_base(base: object) -> None:
+    """Raises InputError for what is neither a path, a word nor a Base."""
+    if base is not None and not isinstance(base, Base):
+        as_path(base)
+
+
+def _check_counts(**given: object) -> None:
+    """Raises InputError, naming it, for what is no whole number; None stands for a default."""
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+            raise InputError(f"{name} {value!r} is not possible; give a whole number")
 
 
 def used_pixels(row: System, base_pixels: Pixels) -> Pixels:
@@ -229,6 +255,7 @@ def load_model(
     unexpected or of another shape.
     """
     tensors, spec = checkpoint.read_adapter(adapter)
+    _check_base(base)
     base = "default" if base is None else base
     # Nothing below may depend on, or move, the caller's random numbers.
     with torch.random.fork_rng(devices=[]):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samlora.errors import InputError, MissingFileError
+from samlora.files import as_path
 from samlora.model.bases import advice, base_name, pixels_of, verify
 from samlora.model.lora import lora_names
 from samlora.model.sam import Sam, build_sam, state_shapes, usual_size
@@ -102,13 +103,15 @@ def open_base(path: str | os.PathLike, variant: str | None = None, device: torch
 
     Raises MissingFileError or InputError: no file, wrong hash, another variant.
     """
-    path = Path(path)
+    path = as_path(path)
+    if path.is_dir():
+        raise MissingFileError(f"{path}: is a folder; give the file of base weights in it")
     if not path.is_file():
         name = base_name(path)
         hint = advice(name) if name else "fetch SAM's with: samlora download vit_b"
         raise MissingFileError(f"no base weights at {path}; {hint}")
     sha256 = verify(path)
-    state, _ = read_tensors(path, wrapped=True)
+    state, _ = read_tensors(path)
     found = recognise_variant(state, path)
     if variant is not None and variant != found:
         raise InputError(
@@ -244,7 +247,9 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], Spec | Non
 
     Raises MissingFileError or InputError: no file, unreadable, not an adapter, or from a newer samlora.
     """
-    path = Path(path)
+    path = as_path(path)
+    if path.is_dir():
+        raise MissingFileError(f"{path}: is a folder; give the adapter file in it, such as adapter_best.safetensors")
     if not path.is_file():
         raise MissingFileError(f"no adapter at {path}; train.py prints where it saved one")
     tensors, metadata = read_tensors(path)

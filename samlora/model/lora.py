@@ -8,6 +8,7 @@ without any scale. What SAMed does not have (`LoRAOptions`) carries its name in 
 """
 
 import math
+import numbers
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -256,6 +257,14 @@ def inject_blocks(
     return chosen
 
 
+def check_layers(layers: object) -> None:
+    """Raises InputError for what is no list of blocks, such as 3, "all" or ["a"]."""
+    if isinstance(layers, Iterable) and not isinstance(layers, str):
+        if all(isinstance(index, numbers.Integral) for index in layers):
+            return
+    raise InputError(f"lora layers {layers!r} are not possible; give a list of block numbers, or None for all blocks")
+
+
 def inject_decoder(transformer: nn.Module, rank: int) -> None:
     """Puts LoRA on q and v of every attention of SAM's two-way transformer (SAMed_s)."""
     for attention in _decoder_attentions(transformer):
@@ -376,6 +385,13 @@ class LoRA_sam(nn.Module):
 
     def __init__(self, sam_model: nn.Module, rank: int | LoRAOptions, lora_layer: Iterable[int] | None = None):
         super().__init__()
+        if not isinstance(getattr(sam_model, "image_encoder", None), nn.Module):
+            raise InputError(f"{type(sam_model).__name__} is no SAM: it has no image_encoder; build one first")
+        if not isinstance(rank, numbers.Integral | LoRAOptions) or isinstance(rank, bool):
+            raise InputError(f"rank {rank!r} is not possible; give a whole number of 1 or more, or LoRAOptions")
+        if lora_layer is not None:
+            lora_layer = list(lora_layer) if isinstance(lora_layer, Iterable) else lora_layer
+            check_layers(lora_layer)
         for parameter in sam_model.image_encoder.parameters():
             parameter.requires_grad_(False)
         self.rank = rank.rank if isinstance(rank, LoRAOptions) else rank

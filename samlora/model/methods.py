@@ -248,7 +248,7 @@ PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")  # what the option `
 
 def system_row(name: str) -> System:
     """The row of a system. Raises InputError for an unknown name."""
-    if name not in SYSTEMS:
+    if not isinstance(name, str) or name not in SYSTEMS:
         raise InputError(f"unknown system {name!r}; known: {', '.join(SYSTEMS)}")
     return SYSTEMS[name]
 

@@ -1,7 +1,8 @@
 """Named tensors in files: read without unpickling, written whole or not at all, compared by shape."""
 
 import os
-import pickle
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,40 +10,58 @@ import torch
 from torch import Tensor
 
 from samlora.errors import InputError, MissingFileError
-from samlora.files import whole
+from samlora.files import as_path, foreign_content, whole
 
 # Where training programs keep the weights in a checkpoint, and what they put before every name.
 WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict")
 PREFIXES = ("module.", "sam.")
 
 
-def read_tensors(path: str | os.PathLike, wrapped: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a `.safetensors` file, or of a `.pth`/`.pt` file read with weights_only.
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, or of one of PyTorch read with weights_only, whatever its ending.
 
-    wrapped: also take a checkpoint that keeps its tensors under a key of WRAPPERS, under names with PREFIXES.
+    Of a checkpoint that keeps its tensors under a key of WRAPPERS, or under names with PREFIXES, these tensors.
     Raises MissingFileError when there is no such file, InputError when it cannot be read as plain tensors.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
-        raise MissingFileError(f"no weights at {path}; check the path")
+        is_folder = path.is_dir()
+        missing = f"{path}: is a folder; give the file of weights in it" if is_folder else f"no weights at {path}"
+        raise MissingFileError(missing if is_folder else f"{missing}; check the path")
+    foreign = foreign_content(path)
+    if foreign is not None:
+        raise InputError(f"{path}: cannot be read as weights: it {foreign}")
+    metadata: dict[str, str] = {}
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             from safetensors import safe_open
 
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: cannot be read as weights ({_first_line(error)}); fetch or save it again") from None
-    except Exception as error:  # safetensors raises its own type for a broken header
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise InputError(f"{path}: is not a safetensors file ({_first_line(error)}); fetch or save it again") from None
-    if wrapped:
-        tensors = _unwrapped(tensors)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                metadata = file.metadata() or {}
+        else:
+            with open(path, "rb") as file:  # of a path PyTorch would look at the ending
+                tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many kinds of errors on broken files
+        raise InputError(f"{path}: cannot be read as weights: it {_why_unreadable(error, path)}") from None
+    tensors = _unwrapped(tensors)
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"{path}: holds something else than named tensors; give a file of weights")
-    return tensors, {}
+    check_finite(tensors, path)
+    return tensors, metadata
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Raises InputError, naming `path`, for the first tensor that holds NaN or infinite values."""
+    for name, tensor in tensors.items():
+        if not tensor.numel() or not tensor.is_floating_point():
+            continue
+        ends = torch.stack(torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float()))
+        if not ends.isfinite().all():
+            raise InputError(
+                f"{path}: {name} is not finite (NaN or infinite values); its training has diverged: "
+                "take an earlier file of that training, or train again with a lower learning rate"
+            )
 
 
 def _unwrapped(content: object) -> object:
@@ -63,16 +82,43 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
     """Writes a safetensors file, whole or not at all. Raises InputError for another ending."""
     from safetensors.torch import save_file
 
-    if Path(path).suffix != ".safetensors":
+    if as_path(path).suffix != ".safetensors":
         raise InputError(f"{path}: adapters are written as .safetensors only; give such a name")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole(path) as temporary:
         save_file(tensors, temporary, metadata)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:160]
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is one of safetensors, by its content; by its ending where that says nothing."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head.startswith((b"PK\x03\x04", b"\x80\x02")):  # an archive of PyTorch, or a pickle of its earlier versions
+        return False
+    # The length of a header of JSON in eight bytes, then the header.
+    return head[8:] == b"{" or path.suffix.lower() == ".safetensors"
+
+
+def _why_unreadable(error: Exception, path: Path) -> str:
+    """What a library's error means to a user: the end of a message about a file, "it ..."."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class) ([\w.]+)", text)
+    if found or "weights_only" in text and "TorchScript" not in text and "persistent" not in text:
+        named = next((name for name in (found.groups() if found else ()) if name), "")
+        objects = f"Python objects ({named})" if named else "Python objects"
+        return f"holds {objects} beside its tensors, which are not loaded; save the weights alone: model.state_dict()"
+    if "TorchScript" in text:
+        return "is a TorchScript program, not a file of weights; save model.state_dict() instead"
+    if "inline_container" in text or "PytorchStreamReader" in text:
+        return "is no archive of PyTorch, or one that is cut short; fetch or save it again"
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.isascii() and head.decode("ascii").replace("\n", "").replace("\r", "").isprintable():
+        return "is a text file, not a file of weights; fetch or save it again"
+    line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    sentence = re.split(r"(?<=[.!?])\s", line)[0].rstrip(".")
+    short = textwrap.shorten(sentence, 160, placeholder=" ...")
+    return f"is damaged or of another kind ({short}); fetch or save it again"
 
 
 def compare_shapes(

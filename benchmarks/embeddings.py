@@ -115,6 +115,8 @@ def measure(variant: str, size: int, count: int, batch: int, repeats: int, devic
             for part in batches():
                 images = torch.stack([torch.from_numpy(s.image) for s in part])[:, None].expand(-1, 3, -1, -1)
                 objects = draw_objects(part, asked, size, model.spec.pixels, config.seed, device)
+                low, high = (getattr(images, way)((1, 2, 3), keepdim=True) for way in ("amin", "amax"))
+                images = (images - low) / (high - low)  # as MedSAM prepares them
                 logits = plain(images.to(device), objects.prompts.boxes)
                 targets = objects.targets[:, None]
                 loss = DiceLoss(sigmoid=True, squared_pred=True)(logits, targets)

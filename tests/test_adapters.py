@@ -199,7 +199,8 @@ def test_lora_and_adapters_live_together():
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         before = sam(images)
-        assert torch.equal(LoRA_sam(sam, 2)(images), before)
+        # Not to the bit: on some CPUs matrix products depend on where the tensors lie in memory.
+        torch.testing.assert_close(LoRA_sam(sam, 2)(images), before, atol=1e-5, rtol=1e-5)
     assert all(isinstance(block, AdaptedBlock) for block in sam.image_encoder.blocks)
 
 

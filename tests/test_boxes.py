@@ -349,7 +349,9 @@ def test_flags_that_contradict_each_other(scans, tmp_path, monkeypatch, capsys, 
 
 def test_labels_on_another_grid_are_refused(scans, tmp_path, capsys):
     labels = read_volume(tmp_path / "labels" / "one.nii.gz", labels=True)
-    write_volume(Volume(labels.array[1:], labels.affine, 1, 1), tmp_path / "other.nii.gz")
+    between = labels.affine.copy()
+    between[:3, 3] += labels.affine[:3, 0] / 2
+    write_volume(Volume(labels.array, between, 1, 1), tmp_path / "other.nii.gz")
     assert run(scans / "one.nii.gz", "-o", tmp_path / "out", "--boxes_from", tmp_path / "other.nii.gz") == 2
     assert "other.nii.gz: its grid" in capsys.readouterr().err
 

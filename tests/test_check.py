@@ -223,12 +223,18 @@ def change_source(source, change, kind="images", cases=("p1_a",)):
         )
 
 
+def half_a_voxel_off(volume):
+    between = volume.affine.copy()
+    between[:3, 3] += volume.affine[:3, 0] / 2
+    return replace(volume, affine=between)
+
+
 CASES = ("p0_a", "p1_a", "p2_a", "p3_a")
 SOURCE_PROBLEMS = {
     "cut image": (lambda s: source_file(s).write_bytes(b"no"), "images/p1_a.nii.gz: cannot be read as NIfTI"),
     "cut labels": (lambda s: [source_file(s, "labels", c).write_bytes(b"no") for c in ("p0_a", "p2_a")], "labels/p0_a.nii.gz, labels/p2_a.nii.gz: cannot be read"),
     "nan": (lambda s: change_source(s, lambda v: np.full(v.array.shape, np.nan)), "images/p1_a.nii.gz: 896 of 896 values are NaN"),
-    "other shape": (lambda s: change_source(s, lambda v: v.array[1:], "labels"), "labels/p1_a.nii.gz: its grid (shape 15 x 14 x 4"),
+    "between voxels": (lambda s: change_source(s, half_a_voxel_off, "labels"), "labels/p1_a.nii.gz: its grid (shape 16 x 14 x 4"),
     "other place": (lambda s: change_source(s, lambda v: replace(v, affine=v.affine @ np.diag([1, 1, 2, 1])), "labels", CASES[:3]), "labels/p1_a.nii.gz, labels/p2_a.nii.gz: its grid"),
     "fractions": (lambda s: change_source(s, lambda v: v.array * 0.3, "labels"), "labels/p1_a.nii.gz: label values"),
     "no HU": (lambda s: change_source(s, lambda v: v.array % 256), "images/p1_a.nii.gz: its values 0..255 are no Hounsfield units"),

@@ -28,6 +28,7 @@ from samlora.errors import InputError
 from samlora.model.sam import build_sam
 from samlora.options import write_yaml
 from samlora.processes import team
+from samlora.pixels import SAMED
 from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.loop import optimizer_step, train
@@ -200,6 +201,7 @@ class ByBrightness(nn.Module):
     """A model that sees classes 0, 1, 2 by their brightness in `draw`, roughly, and never class 3."""
 
     spec = SimpleNamespace(system="samed", num_classes=3, class_names=("a", "b", "c"), image_size=SIZE)
+    pixels, fill, logit_side = SAMED, (0, 0, 0), SIZE // 4
 
     def forward(self, images):
         pooled = nn.functional.avg_pool2d(images[:, :1], 4)

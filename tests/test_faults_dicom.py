@@ -844,7 +844,8 @@ def test_pydicoms_own_files_decode_alike_or_are_refused_in_one_line(name, tmp_pa
         read = read_volume(path)
     except InputError as error:
         assert "\n" not in str(error)
-        assert not any(word in str(error) for word in ("0x", "ITK", "Traceback", "/tmp/"))
+        text = str(error).replace(str(path), "")
+        assert not any(word in text for word in ("0x", "ITK", "Traceback", "/tmp/"))
         read = None
     printed = capfd.readouterr()
     assert printed.out == printed.err == ""

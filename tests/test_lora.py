@@ -47,7 +47,8 @@ def test_birth_is_identity():
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         before = sam(x)
-        assert torch.equal(LoRA_sam(sam, 4)(x), before)
+        # Not to the bit: on some CPUs matrix products depend on where the tensors lie in memory.
+        torch.testing.assert_close(LoRA_sam(sam, 4)(x), before, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("system", ["samed", "samed_s"])

@@ -167,7 +167,9 @@ def test_slices_without_foreground_can_be_left_out(make_case, tmp_path):
 
 def _turned(src):
     image = nibabel.load(src / "labels/a.nii")
-    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj)[:, :-1], image.affine), src / "labels/a.nii")
+    between = image.affine.copy()
+    between[:3, 3] += image.affine[:3, 0] / 2
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), between), src / "labels/a.nii")
 
 
 def _values(src, value):

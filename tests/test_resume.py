@@ -25,6 +25,7 @@ from samlora.training import loop
 from samlora.training.average import Average
 from samlora.training.config import TrainConfig
 from samlora.training.loop import train
+from samlora.training.schedule import Plateau
 from samlora.training.reading import BadSamples
 from samlora.training.run import Run, read_state
 from samlora.training.state import State
@@ -519,7 +520,7 @@ def test_the_loss_scale_of_fp16_is_part_of_the_state(place):
         precision = MixedPrecision("16-mixed", "cpu")
         engine = SimpleNamespace(precision=precision)
         fabric = SimpleNamespace(device=torch.device("cpu"), world_size=1, strategy=engine)
-        return State(fabric, model, torch.optim.SGD(model.parameters()), Average(model, 0), BadSamples(False, print))
+        return State(fabric, model, torch.optim.SGD(model.parameters()), Average(model, 0), BadSamples(False, print), Plateau(5, 0.1))
 
     first, second = fresh(), fresh()
     scaler = first.fabric.strategy.precision.scaler

@@ -238,7 +238,7 @@ def test_segments_of_dicom_have_no_gaps(tmp_path):
     assert segments.number_of_segments == 2
     described = [segments.get_segment_description(n) for n in (1, 2)]
     assert [segment.segment_label for segment in described] == ["kidney", "label_9"]
-    back = match_grid(read_volume(tmp_path / "out" / "dicom_seg" / "patient.dcm", labels=True), labels)
+    back = match_grid(read_volume(tmp_path / "out" / "dicom_seg" / "patient.dcm", labels=True), labels, part=True)
     assert np.array_equal(np.array([0, 1, 9])[back.array], labels.array)
     assert (tmp_path / "out" / "overlays" / "patient.png").is_file()
 
@@ -299,7 +299,7 @@ WRONG_FILES = [
     ("boxes.csv", "image,z0,x0,y0,x1,y1\none,3,6,9,30,35", "line 2: has z0 only; give z0 and z1"),
     ("boxes.csv", "image,z0,z1,x0,y0,x1,y1\none,4,3,6,9,30,35", "line 2: z0 4 is above z1 3"),
     ("boxes.csv", "image,slice,z0,z1,x0,y0,x1,y1\none,1,3,4,6,9,30,35", "line 2: has both slice and z0"),
-    ("boxes.csv", b"\xff\xfe\x00", "boxes.csv: cannot be read as text"),
+    ("boxes.csv", b"\xff\xfe\x00", "boxes.csv: is no text"),
     ("boxes.json", "[{", "boxes.json: is not JSON"),
     ("boxes.json", '{"x0": 1}', "boxes.json: a list of boxes is needed"),
     ("boxes.json", "[]", "boxes.json: holds no boxes"),

@@ -27,8 +27,8 @@ from samlora.engine import gathered, together
 from samlora.errors import InputError
 from samlora.model.sam import build_sam
 from samlora.options import write_yaml
-from samlora.processes import team
 from samlora.pixels import SAMED
+from samlora.processes import team
 from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.loop import optimizer_step, train

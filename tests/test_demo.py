@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -69,6 +71,21 @@ def test_without_lite_medsam_the_demo_base_is_used_and_the_reason_printed(
     assert module.demo(tmp_path / "demo_output", seed=1) == tmp_path / "demo_output-2"
 
 
+def page_at(address: str) -> bytes:
+    """The page, once the server that has printed its address listens there."""
+    for _ in range(60):
+        try:
+            with urllib.request.urlopen(address, timeout=30) as answer:
+                return answer.read()
+        except ConnectionRefusedError:
+            time.sleep(0.5)
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ConnectionRefusedError):
+                raise
+            time.sleep(0.5)
+    raise AssertionError(f"nothing listens at {address}")
+
+
 def test_a_scan_of_ones_own_is_opened_in_the_page(tmp_path):
     """The command serves the page with the scan on it until it is interrupted, and then ends without an error."""
     pytest.importorskip("uvicorn", reason="needs the extra: pip install 'samlora[app]'")
@@ -84,8 +101,7 @@ def test_a_scan_of_ones_own_is_opened_in_the_page(tmp_path):
             if line.startswith("Ctrl-C"):
                 break
         (address,) = [line.split()[1] for line in printed if line.startswith("page: ")]
-        with urllib.request.urlopen(address, timeout=30) as answer:
-            assert b"<title>samlora</title>" in answer.read()
+        assert b"<title>samlora</title>" in page_at(address)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         ending.cancel()

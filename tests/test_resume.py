@@ -25,9 +25,9 @@ from samlora.training import loop
 from samlora.training.average import Average
 from samlora.training.config import TrainConfig
 from samlora.training.loop import train
-from samlora.training.schedule import Plateau
 from samlora.training.reading import BadSamples
 from samlora.training.run import Run, read_state
+from samlora.training.schedule import Plateau
 from samlora.training.state import State
 
 STEPS = 6

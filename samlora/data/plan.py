@@ -141,6 +141,8 @@ def _choose_classes(made: Plan) -> None:
         if value in negative:
             continue
         having = [(look, shown[value]) for look, shown in zip(looks, by_case) if shown.get(value)]
+        if own and not having:  # a table of names inside label files may list structures that none of them shows
+            continue
         ml = [count * float(np.prod(look.spacing)) / 1000 for look, count in having if look.spacing]
         mean = sum(ml) / len(ml) if ml else None
         made.classes.append(Found(name, value, len(having), sum(count for _, count in having), mean))

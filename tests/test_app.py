@@ -953,6 +953,8 @@ def test_clicks_and_boxes_are_of_the_slice_where_they_began(at_desk, monkeypatch
         at_desk.shows(slice=8)
         page.keyboard.press("ArrowDown")
         at_desk.shows(slice=7)
+    at_desk.until(lambda: len(asked) == 2)
+    page.wait_for_load_state("networkidle")  # what came with the answers is loaded
     with page.expect_request("**/api/labels/0"):
         page.route("**/api/labels/0", lambda route: None)  # a slice that is long on its way
         page.keyboard.press("Home")

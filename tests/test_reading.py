@@ -16,6 +16,7 @@ from samlora.data.dataset import find_slices
 from samlora.data.volume import write_slice
 from samlora.errors import InputError
 from samlora.options import make
+from samlora.pixels import SAMED
 from samlora.prompting import Prompting
 from samlora.training.config import TrainConfig
 from samlora.training.loop import train
@@ -107,7 +108,7 @@ def write_case(folder, case, sizes=SIZES):
 
 class Bright(torch.nn.Module):
     spec = SimpleNamespace(system="samed", num_classes=1, class_names=("a",), image_size=256)
-    chunk = 1
+    pixels, fill, logit_side, chunk = SAMED, (0, 0, 0), 64, 1
 
     def forward(self, images):
         pooled = torch.nn.functional.avg_pool2d(images[:, :1], 4)

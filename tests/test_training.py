@@ -361,3 +361,26 @@ def test_errors_are_one_line_and_code_2(name, data, base, junk, capsys, tmp_path
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("samlora: ") and all(word in said for word in words), said
     assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_a_preview_predicts_the_slices_that_it_shows(config, tmp_path, monkeypatch):
+    """Of a case of hundreds of slices the preview took longer than an epoch."""
+    from samlora.training import validation
+
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "deep" / "train_npz"
+    folder.mkdir(parents=True)
+    for index in range(30):
+        label = np.zeros((40, 40), np.uint8)
+        label[5 : 10 + index, 5:20] = 1
+        np.savez(folder / f"case0001_slice{index:03d}.npz", image=rng.random((40, 40), np.float32), label=label)
+    seen = []
+    answers = validation.answers
+
+    def counted(model, images, *rest):
+        seen.append(len(images))
+        return answers(model, images, *rest)
+
+    monkeypatch.setattr(validation, "answers", counted)
+    run = train(replace(config, root_path=str(tmp_path / "deep"), num_classes=1, max_iterations=1, val_cases=()))
+    assert seen == [8] and (run / "preview.png").stat().st_size

@@ -27,6 +27,7 @@ _LOSSES = {  # how the parts of a loss are called
 }  # fmt: skip
 _INK, _MUTED, _GRID = "#1b1f24", "#5b6470", "#e3e6ea"  # text, secondary text, grid lines
 _FILL_OPACITY = 0.45
+COLUMNS, SHOWN = 4, 8  # panels in a row and altogether of a contact sheet
 
 
 def table(summaries: Mapping[str, Mapping], class_names: Mapping[int, str], unit: str = "mm") -> str:
@@ -150,8 +151,8 @@ def contact_sheet(
     prediction: np.ndarray | None,
     path: str | os.PathLike | None,
     class_names: Mapping[int, str] | None = None,
-    columns: int = 4,
-    rows: int = 2,
+    columns: int = COLUMNS,
+    rows: int = SHOWN // COLUMNS,
     flip_ud: bool = False,
     flip_lr: bool = False,
     aspect: float = 1.0,

@@ -13,7 +13,7 @@ from samlora.data.patches import place
 from samlora.engine import gathered, together
 from samlora.errors import InputError
 from samlora.evaluation.metrics import evaluate, summarise
-from samlora.evaluation.report import contact_sheet
+from samlora.evaluation.report import SHOWN, contact_sheet, informative_slices
 from samlora.inference.prompted import predict_prompted
 from samlora.inference.slices import predict_slices
 from samlora.model.checkpoint import Spec
@@ -131,7 +131,12 @@ def preview(
     if not parts:
         return
     images, truths = max(parts, key=lambda part: np.count_nonzero(part[1]))  # of several sizes the one that shows most
-    prediction = next(iter(answers(model, images, truths, prompting, fabric.device, dtype).values()))
+    # Of a case of many slices only those that are drawn are predicted, unless the model sees slices together.
+    alone = not system_row(model.spec.system).volumetric and model.chunk == 1
+    shown = informative_slices(truths, SHOWN, len(truths)) if alone else range(len(truths))
+    found = answers(model, images[shown], truths[shown], prompting, fabric.device, dtype)
+    prediction = np.zeros_like(truths)
+    prediction[shown] = next(iter(found.values()))
     path, names = run.folder / "preview.png", dict(enumerate(model.spec.class_names, start=1))
     case = Case(images, truths, read_geometry(config.root_path, slices[0].case))
     contact_sheet(to_show(images), truths, prediction, path, names, **case.display)

@@ -52,6 +52,7 @@ CPU = torch.device("cpu")
 # Of systems that learn masks without prompts, of LoRA under LiteMedSAM's own decoder, and of that decoder itself (the
 # rate of LiteMedSAM's published fine-tuning).
 RATES = {"automatic": 2e-3, "lora": 5e-4, "decoder": 5e-5}
+JITTER = 5  # pixels by which boxes in training are too wide: MedSAM's 20 of 1024, and LiteMedSAM's own
 PICTURES = Recipe(
     name="nerves_vessels", modality="image", size=256, classes=("nerve", "vessel"), label_values=((1,), (2,))
 )
@@ -92,6 +93,7 @@ def adapt(system: str, data: Path, folder: Path, steps: int, seed: int) -> tuple
             warmup_period=steps // 5,
             save_seconds=0,
             seed=seed,
+            box_jitter=JITTER if row.promptable else None,
         )
         # Systems that only answer prompts leave out the slices that show nothing.
         epochs = -(-steps // -(-len(load_data(config).train) // BATCH))
@@ -179,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     config = {"steps": args.steps, "batch": BATCH, "side": 256, "threads": args.threads, "precision": "auto"}
     config |= {"lora_layers": list(LAYERS), "augment": "none"}
-    config |= {"base_lr": RATES}
+    config |= {"base_lr": RATES, "box_jitter": JITTER}
     config |= {"min_pixels": MIN_PIXELS, "slices_of_a_case_at_most": MAX_SLICES, "mask_prompt": False}
     record = heading(
         "Dice with and without prompts, LiteMedSAM trained on a few slices for a few steps",

@@ -280,6 +280,13 @@ def lite_medsam(record: Mapping) -> str:
     ]
     columns = ("a slice encoded", "median s", "min s", "times as fast", "target", "embeddings", "foreground")
     parts = [table(columns, rows) + floor(encoding)]
+    rows = [
+        (place, name, f"{100 * equal['mean']:.2f} %", f"{100 * equal['least']:.2f} %")
+        for place, of_place in record.get("equality_on_slices", {}).items()
+        for name, equal in of_place.items()
+    ]
+    if rows:
+        parts.append(table(("foreground as in fp32, five slices", "", "mean", "least"), rows))
     for part, title in (
         ("click", "the decoder for one box"),
         ("decoder_step", f"training step of the decoder, batch {record['config']['decoder_batch']}"),

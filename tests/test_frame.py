@@ -10,8 +10,9 @@ from torch import nn
 from samlora.data.augment import Transform, resize_image, resize_label
 from samlora.data.batch import make_batch
 from samlora.data.frame import Frame, bilinear_matrix
+from samlora.data.prompts import tight_box
 from samlora.inference.slices import predict_slices
-from samlora.pixels import SAM, SAMED
+from samlora.pixels import LITE_MEDSAM, SAM, SAMED
 
 SHAPES = [(37, 90), (90, 37), (64, 64), (200, 131), (150, 260)]
 
@@ -130,3 +131,16 @@ def test_eight_bit_and_float_agree():
         frame = Frame(90, 37, 64, pixels=SAM if pad else SAMED)
         tolerance = 1 / 255 if pad else 1e-6  # Pillow rounds, once along each axis
         np.testing.assert_allclose(frame.image(image), frame.image(image / np.float32(255)), atol=tolerance)
+
+
+@pytest.mark.parametrize("shape, pixels", [((60, 100), LITE_MEDSAM), ((60, 100), SAMED), ((300, 512), LITE_MEDSAM)])
+def test_a_box_of_whole_pixels_is_the_box_of_the_resized_mask(shape, pixels):
+    """MedSAM and LiteMedSAM take the box of the mask as it lies in the model's square."""
+    frame = Frame(*shape, 256, pixels, low=256)
+    mask = np.zeros(shape, np.uint8)
+    mask[11:40, 23:71] = 1
+    found = frame.boxes(frame.whole_pixels(tight_box(mask)))
+    wanted = tight_box(frame.label(mask))
+    assert np.abs(found - wanted).max() <= 1
+    if max(shape) > 256:
+        assert np.array_equal(frame.whole_pixels(tight_box(mask)), tight_box(mask))

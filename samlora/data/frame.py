@@ -216,6 +216,16 @@ class Frame:
         boxes = np.asarray(boxes)
         return self.points(boxes.reshape(*boxes.shape[:-1], 2, 2)).reshape(boxes.shape)
 
+    def whole_pixels(self, boxes: np.ndarray) -> np.ndarray:
+        """Boxes (..., 4) XYXY of pixels of the image, wide enough to hold their last column and row completely.
+
+        An enlarged image shows each of its pixels as several of the square; the coordinate of the last pixel is that
+        of the first of them. MedSAM and LiteMedSAM take the box of the enlarged mask, which ends on the last of them.
+        Nothing changes where the image is not enlarged.
+        """
+        more = np.maximum(0.0, 1 - 1 / self._scale)
+        return (np.asarray(boxes, np.float64) + (0.0, 0.0, *more)).astype(np.float32)
+
     def boxes_back(self, boxes: np.ndarray) -> np.ndarray:
         """(..., 4) XYXY in pixels of the square -> pixels of the image, float32."""
         boxes = np.asarray(boxes)

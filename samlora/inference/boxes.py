@@ -89,7 +89,8 @@ def label_by_boxes(
     starts: dict[int, list[tuple[Box, np.ndarray]]] = {}
     for index in range(len(predictor)):
         if on_slice := by_slice.get(index):
-            answer = predictor.predict(box=np.array([box.corners for box in on_slice]), index=index)
+            corners = np.array([box.corners for box in on_slice])
+            answer = predictor.predict(box=predictor.whole_pixels(corners), index=index)
             for box, mask, logits in zip(on_slice, answer.masks[:, 0], answer.logits[:, 0]):
                 canvas.draw(index, mask, logits, box.label)
                 if mask.any():

@@ -269,6 +269,13 @@ class Predictor:
         results = (x.cpu().numpy() for x in (drawn, scores, logits))
         return Masks(*(x if asked.many else x[0] for x in results))
 
+    def whole_pixels(self, boxes: np.ndarray) -> np.ndarray:
+        """Boxes (..., 4) of pixels of the current image, wide enough to hold their last column and row completely.
+
+        For boxes that were made of masks; see `samlora.data.frame.Frame.whole_pixels`.
+        """
+        return self._frame.whole_pixels(boxes)
+
     @torch.inference_mode()
     def classes(self, index: int | None = None) -> np.ndarray:
         """The classes of the current slice, or slice `index`, without prompts: (H, W) uint8, 0 is background.

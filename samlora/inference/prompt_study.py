@@ -239,7 +239,7 @@ def _measured(
         # From the case and the slice alone, so that no answer depends on what else is measured.
         generator = np.random.default_rng([config.seed, zlib.crc32(name.encode()), predictor.index])
         boxes = [jittered_box(truth, pixels, generator) for pixels in config.boxes for truth in truths]
-        masks = predictor.predict(box=np.array(boxes)).masks[:, 0].reshape(len(config.boxes), *truths.shape)
+        masks = predictor.predict(box=predictor.whole_pixels(np.array(boxes))).masks[:, 0].reshape(len(config.boxes), *truths.shape)
         found += [(figures.BOX, pixels, dice_of(of_box, truths)) for pixels, of_box in zip(config.boxes, masks)]
     return found
 

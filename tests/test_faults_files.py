@@ -14,6 +14,7 @@ from PIL import Image
 from test_dicom import write_series
 
 from samlora.cli import main
+from samlora.data.boxes import ReferenceBoxes
 from samlora.data.check import check
 from samlora.data.dataset import find_slices
 from samlora.data.folders import not_read
@@ -23,12 +24,13 @@ from samlora.data.layouts import find_pairs
 from samlora.data.plan import plan
 from samlora.data.prepare import prepare
 from samlora.data.recipe import Recipe
-from samlora.data.sources import find_images, ignored_values, left_out
+from samlora.data.sources import find_images, ignored_values, left_out, read_image
 from samlora.data.volume import read_case, read_label_names, read_volume, stem, write_dicom_seg, write_volume
 from samlora.errors import InputError
 from samlora.evaluation.folders import evaluate_folders
 from samlora.evaluation.names import ignored_labels
 from samlora.files import find_file, read_text
+from samlora.model.bases import find_base
 
 SHAPE = (20, 18, 6)
 LIVER, SPLEEN = (slice(4, 8), slice(5, 10), slice(1, 5)), (slice(12, 16), slice(5, 9), slice(1, 5))
@@ -293,6 +295,90 @@ def test_palettes_that_differ_are_found_by_check(tmp_path):
         picture.putpalette([0, 0, 0, *colours])
         picture.save(tmp_path / f"labels/p{n}.png")
     assert "palettes differ: label value 1 is #ff0000 in p0, #00ff00 in p1" in str(check(tmp_path))
+
+
+def boxes_of(source, labels):
+    """Case -> {name of a label: its number and its box on slice 2}, of `--boxes_from`."""
+    pairs = find_images(source)
+    reference = ReferenceBoxes(labels, pairs, 0, 0, largest=False)
+    found = {}
+    for pair in pairs:
+        case = recipe(["any"], slice_axis=2).to_case(read_image(pair))
+        boxes, names = reference.boxes(pair, case)
+        found[pair.name] = {names[b.label]: (b.label, b.corners) for b in boxes if b.first == 2}
+    return found
+
+
+def test_boxes_from_labels_go_by_the_names_of_each_file(named):
+    """A6, of `samlora predict --boxes_from`. What belongs to it: every table of names that
+    `prepare` uses, structures that overlap, values to be ignored, files without names."""
+    found = boxes_of(named / "images", named / "labels")
+    assert found["p0"].keys() == {"liver", "spleen"}
+    assert found["p0"]["liver"][1] == (4, 5, 7, 9)
+    assert found["p0"] == found["p1"] == found["p2"]
+    assert boxes_of(named / "images/p1.nrrd", named / "labels/p1.seg.nrrd")["p1"] == {
+        "spleen": (1, found["p0"]["spleen"][1]),
+        "liver": (2, found["p0"]["liver"][1]),
+    }  # files that agree, as one does with itself, keep their numbers
+
+
+def test_label_maps_by_boxes_number_structures_alike(named, tmp_path):
+    base = str(find_base("vit_ti"))
+    words = [str(named / "images"), "--boxes_from", str(named / "labels"), "-o", str(tmp_path / "o")]
+    assert main(["predict", *words, "--ckpt", base, "--device", "cpu"]) == 0
+    records = [json.loads((tmp_path / f"o/cases/p{n}.json").read_text()) for n in range(3)]
+    assert [record["labels"] for record in records] == [{"1": "liver", "2": "spleen"}] * 3
+
+
+def test_boxes_from_labels_with_tables_beside_them(tmp_path):
+    """Other members: a table beside each file, an extension of NIfTI, a dataset.json."""
+    pairs_of(tmp_path, count=1)
+    rows = '<Label Key="1"><![CDATA[spleen]]></Label><Label Key="2"><![CDATA[liver]]></Label>'
+    nifti(tmp_path / "images/p1.nii.gz", scan())
+    nifti(tmp_path / "labels/p1.nii.gz", organs(2, 1), extension=TABLE.format(rows))
+    (tmp_path / "labels/p0.ctbl").write_text(TABLES["p0.ctbl"])
+    found = boxes_of(tmp_path / "images", tmp_path / "labels")
+    assert found["p0"].keys() == {"liver", "spleen"} and found["p0"] == found["p1"]
+    (tmp_path / "labels/p0.ctbl").unlink()
+    nifti(tmp_path / "labels/p0.nii.gz", organs(7, 9))
+    described = '{"labels": {"background": 0, "liver": 7, "spleen": 8, "ignore": 9}}'
+    (tmp_path / "dataset.json").write_text(described)
+    found = boxes_of(tmp_path / "images", tmp_path / "labels")
+    assert {name: of[0] for name, of in found["p1"].items()} == {"liver": 7, "spleen": 8}
+    assert {name: of[0] for name, of in found["p0"].items()} == {"liver": 7}
+
+
+def test_boxes_of_structures_that_overlap_are_whole(tmp_path):
+    layers = np.zeros((2, *SHAPE), np.uint8)
+    layers[0][LIVER] = 1
+    layers[1][4:6, 5:10, 1:5] = 1
+    nrrd(tmp_path / "images/p0.nrrd", scan())
+    nrrd(tmp_path / "labels/p0.seg.nrrd", layers, [("liver", 1, 0), ("tumour", 1, 1)])
+    found = boxes_of(tmp_path / "images", tmp_path / "labels")
+    assert found["p0"] == {"liver": (1, (4, 5, 7, 9)), "tumour": (2, (4, 5, 5, 9))}
+
+
+def test_boxes_from_labels_of_which_one_names_nothing(named, tmp_path):
+    (named / "labels/p2.seg.nrrd").unlink()
+    nrrd(named / "labels/p2.nrrd", organs())
+    with pytest.raises(InputError, match="p2.nrrd: does not name its values.* table of names"):
+        boxes_of(named / "images", named / "labels")
+    (named / "labels/p2.nrrd").write_bytes(b"NRRD0005\n")  # broken: named when its turn comes
+    with pytest.raises(InputError, match="p2.nrrd: "):
+        boxes_of(named / "images", named / "labels")
+
+
+def test_names_of_masks_that_are_matched_by_size_are_kept(tmp_path):
+    """Pictures say nothing about millimetres, and so take the place of their image."""
+    for n, (one, other) in enumerate((("liver", "spleen"), ("spleen", "liver"))):
+        for side, array in (("images", scan(n)), ("labels", organs(n + 1, 2 - n))):
+            (tmp_path / side).mkdir(exist_ok=True)
+            picture = np.clip(array[:, :, 2], 0, 255).astype(np.uint8)
+            Image.fromarray(picture).save(tmp_path / f"{side}/p{n}.png")
+        (tmp_path / f"labels/p{n}.txt").write_text(f"1: {one}\n2: {other}\n")
+    classes = Recipe("pictures", "image", classes=("liver", "spleen"), label_values=(("liver",), ("spleen",)))
+    made = prepare(tmp_path, tmp_path / "d", classes, workers=1)
+    assert [record["voxels"][1:] for record in made.records] == [[20, 16]] * 2
 
 
 # --- kind 7: several masks in one file ------------------------------------------------------------------------------

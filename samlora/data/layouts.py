@@ -62,11 +62,14 @@ def find_pairs(source: str | os.PathLike) -> Layout:
         raise MissingFileError(f"{source}: no such folder; give the folder that holds images and labels")
     layout = _unwrapped(source, _DEPTH)
     layout.pairs = sorted(uniform(layout.pairs, source), key=lambda pair: pair.name)
-    return _with_names(layout, source)
+    return with_names(layout, source)
 
 
-def _with_names(layout: Layout, source: Path) -> Layout:
-    """`layout` with the names that a dataset.json or a table near the label maps gives their values."""
+def with_names(layout: Layout, source: Path) -> Layout:
+    """`layout` with the names of label values in a dataset.json or a table near its label maps.
+
+    source: the folder above which nothing is looked for.
+    """
     maps = [pair.label for pair in layout.pairs if isinstance(pair.label, Path)]
     if not maps:
         return layout

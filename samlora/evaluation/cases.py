@@ -8,7 +8,7 @@ import numpy as np
 
 from samlora.data.folders import Masks, folder_or_file
 from samlora.data.grid import Case, Volume, common_grid, count_values, match_grid, reorient, slice_order, transposed
-from samlora.data.label_tables import names_beside, plain
+from samlora.data.label_tables import names_beside, numbers_of
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_volume, stem
 from samlora.errors import InputError
@@ -89,7 +89,7 @@ class Job:
         table = np.arange(max(counts) + 1, dtype=np.uint16)
         for value in sorted(counts.keys() & volume.names.keys()):
             found = volume.names[value]
-            numbers = {number for name, number in self.values.items() if plain(name) in map(plain, found)}
+            numbers = numbers_of(found, self.values)
             if len(numbers) > 1:
                 both = " and ".join(found)
                 raise InputError(f"{volume.path}: {both} overlap; measure overlapping structures apart")

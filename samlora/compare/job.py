@@ -224,7 +224,11 @@ def _measure(
             found["seconds"][case] = time.perf_counter() - began
             spacing = held.spacing if job.in_mm else None
             classes = range(1, model.spec.num_classes + 1)
-            found["cases"][case] = evaluate_case(held.placed(labels), held.placed(truth), spacing, classes)["strict"]
+            thick = held.geometry is None or held.geometry.has_thickness
+            measured = evaluate_case(
+                held.placed(labels), held.placed(truth), spacing, classes, has_thickness=thick
+            )
+            found["cases"][case] = measured["strict"]
             pictures[f"{way}_{number}"] = labels[held.shown]
     return ways, pictures
 

@@ -91,7 +91,8 @@ def _look(
     look.types = str(image.array.dtype)
     axes = image.axes if image.has_spacing else ""
     if axes:
-        look.spacing = f"{' x '.join(f'{s:.3g}' for s in image.spacing)} mm {axes}"
+        sizes = image.spacing if image.has_thickness else image.spacing[:2]
+        look.spacing = f"{' x '.join(f'{s:.3g}' for s in sizes)} mm {axes}"
     label, remarks = None, []
     try:
         if given:

@@ -143,7 +143,7 @@ def _choose_classes(made: Plan) -> None:
         having = [(look, shown[value]) for look, shown in zip(looks, by_case) if shown.get(value)]
         if own and not having:  # a table of names inside label files may list structures that none of them shows
             continue
-        ml = [count * float(np.prod(look.spacing)) / 1000 for look, count in having if look.spacing]
+        ml = [count * look.voxel_ml for look, count in having if look.voxel_ml is not None]
         mean = sum(ml) / len(ml) if ml else None
         made.classes.append(Found(name, value, len(having), sum(count for _, count in having), mean))
     if not 0 < len(made.classes) < 256:

@@ -197,6 +197,8 @@ def _spacings(plan: Plan) -> str:
     if not spacings:
         return "unknown"
     more = f"; unknown in {unknown}" if unknown else ""
+    if not any(look.has_thickness for look in plan.labels):
+        spacings = [spacing[:2] for spacing in spacings]
     rounded = [tuple(float(f"{size:.3g}") for size in spacing) for spacing in spacings]
     same = " x ".join(f"{size:g}" for size in rounded[0])
     return (same if len(set(rounded)) == 1 else _range(rounded)) + " mm" + more

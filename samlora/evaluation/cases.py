@@ -100,7 +100,8 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What came of a case. results: policy -> label -> measures. has_spacing: whether they are in mm.
+    """What came of a case. results: policy -> label -> measures. has_spacing: whether they are in mm. has_thickness:
+    whether there are volumes in ml.
 
     bare: the file of the two that says nothing about mm, where the other one does.
     """
@@ -109,6 +110,7 @@ class Measured:
     path: Path
     results: dict[str, dict[int, dict[str, float]]]
     has_spacing: bool
+    has_thickness: bool
     bare: str = ""
 
 
@@ -123,12 +125,15 @@ def measure(job: Job) -> Measured:
                 raise InputError(f"{volume.path}: {values} different values; {advice}")
     placed = [volume for volume in (prediction, reference) if volume.has_spacing]
     spacing = placed[0].spacing if placed else None
+    thick = all(volume.has_thickness for volume in (prediction, reference))
+    how = spacing, job.labels, job.tolerances, thick
     try:
-        results = evaluate_case(prediction.array, reference.array, spacing, job.labels, job.tolerances)
+        results = evaluate_case(prediction.array, reference.array, *how)
     except InputError as error:
         raise InputError(f"{prediction.path} and {reference.path}: {error}") from None
     bare = next((v.path for v in (prediction, reference) if not v.has_spacing), "") if placed else ""
-    return Measured(job.trio.name, job.trio.path, results, bool(placed), Path(bare).name if bare else "")
+    name = Path(bare).name if bare else ""
+    return Measured(job.trio.name, job.trio.path, results, bool(placed), thick, name)
 
 
 def draw(job: Job, labels: tuple[int, ...]) -> tuple[Frames, str]:

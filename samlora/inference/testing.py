@@ -93,7 +93,14 @@ def test(config: TestConfig) -> dict[str, dict]:
         if postprocess is not None:
             prediction = postprocess(prediction, case.spacing)
         seconds = time.perf_counter() - began
-        for policy, measures in evaluate_case(prediction, case.label, case.spacing, list(names)).items():
+        measured = evaluate_case(
+            prediction,
+            case.label,
+            case.spacing,
+            list(names),
+            has_thickness=case.has_thickness,
+        )
+        for policy, measures in measured.items():
             results[policy][case.name] = measures
         measures, in_mm = results[config.metric_policy][case.name], in_mm and case.spacing is not None
         draw = functools.partial(draw_frames, to_show(case.image), case.label, prediction, **case.display)

@@ -17,6 +17,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 
 import samlora
 from samlora.cli import main
+from samlora.data import dicom_pixels
 from samlora.data.dicom import list_series
 from samlora.data.grid import Volume, case_to_volume, common_grid, match_grid, reorient
 from samlora.data.plan import plan
@@ -841,6 +842,45 @@ def test_big_endian_and_shifted_values(tmp_path):
     lut = item(LUTDescriptor=[256, 0, 16], LUTData=table.tobytes(), ModalityLUTType="US")
     save(tmp_path / "table.dcm", gray, "ComputedRadiographyImageStorage", Modality="CR", ModalityLUTSequence=lut)
     assert np.array_equal(read_volume(tmp_path / "table.dcm").array[:, :, 0], table[gray].T)
+
+
+COMPRESSED = {
+    "MR_small_jp2klossless.dcm": "JPEG 2000",
+    "JPEG2000.dcm": "JPEG 2000, lossy",
+    "SC_rgb_gdcm_KY.dcm": "JPEG 2000, colours",
+    "MR_small_jpeg_ls_lossless.dcm": "JPEG-LS",
+    "JPEGLSNearLossless_16.dcm": "JPEG-LS, near-lossless",
+}
+
+
+@pytest.mark.parametrize("wrong", ["swapped bytes", "sign", "none"])
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_compressed_values_are_those_of_a_second_decoder(name, wrong, tmp_path, monkeypatch):
+    """Kind 10: JPEG-LS and JPEG 2000, which pydicom decodes with further libraries.
+
+    To the kind belong lossy and near-lossless forms, colours, files of several frames, of which one
+    is compared. Where decoders differ nothing says which is right: the file is refused.
+    """
+    pytest.importorskip("jpeg_ls" if "LS" in COMPRESSED[name] else "PIL")
+    path = pydicom.data.get_testdata_file(name, download=False)
+    if path is None:
+        pytest.skip("this pydicom does not ship the file")
+    decode = dicom_pixels._by_gdcm
+
+    def errs(header):
+        array = decode(header)
+        if wrong == "swapped bytes":
+            return array.byteswap() if array.itemsize > 1 else array[..., ::-1]  # colours
+        return -array.astype(np.int32) if wrong == "sign" else array
+
+    monkeypatch.setattr(dicom_pixels, "_by_gdcm", errs)
+    if wrong == "none":
+        assert read_volume(path).array.any()
+    else:
+        with pytest.raises(InputError, match="GDCM and pydicom decode transfer syntax .*; save the file"):
+            read_volume(path)
+    monkeypatch.setattr(dicom_pixels, "has_pydicom", lambda: False)
+    assert read_volume(path).array.any()  # a second decoder is no condition
 
 
 def test_without_a_second_decoder_the_line_says_what_is_needed(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from samlora.data.findings import (
     without_path,
 )
 from samlora.data.folders import Layout, Pair
+from samlora.data.ignored import split_ignored
 from samlora.data.label_tables import contradictions
 from samlora.data.layouts import find_pairs
 from samlora.data.pictures import palette_colours
@@ -104,7 +105,10 @@ def _look(
     except InputError as error:
         look.trouble.append(_placed(error, pair, root))
     slices = recipe.to_slices(image)
-    measure(look, slices, None if label is None else recipe.to_slices(label))
+    stack = None
+    if label is not None:
+        stack, _ = split_ignored(recipe.to_slices(label), recipe.to_dict())
+    measure(look, slices, stack)
     look.marks = slice_marks(slices, None)
     keys = [0, *_keys(recipe, given)]
     look.voxels = {keys[value]: count for value, count in look.voxels.items()}

@@ -101,7 +101,8 @@ class Volume:
 class Case:
     """A volume as SAMed stores it: image (D, H, W) or (D, H, W, C) float32, label (D, H, W) integer or None.
 
-    `geometry` and `recipe` are None for published files, which hold neither.
+    `geometry` and `recipe` are None for published files, which hold neither. ignored: (D, H, W) bool, where nobody has
+    labelled anything and the label says background; None where the recipe ignores nothing.
     """
 
     image: np.ndarray
@@ -109,6 +110,7 @@ class Case:
     geometry: Geometry | None = None
     recipe: dict | None = None
     name: str = ""
+    ignored: np.ndarray | None = None
 
     @property
     def affine(self) -> np.ndarray | None:

@@ -90,7 +90,7 @@ def with_names(layout: Layout, source: Path) -> Layout:
     if layout.ignored:
         values = " ".join(map(str, layout.ignored))
         text = f"label value {values} is to be ignored (dataset.json)"
-        layout.notes.append(f"{text}: such voxels count as background here")
+        layout.notes.append(f"{text}: such voxels are in no loss and in no measure")
     names = layout.names or {group[0]: name for name, group in layout.classes.items() if len(group) == 1}
     layout.pairs = [dataclasses.replace(pair, names=names) for pair in layout.pairs]
     return layout

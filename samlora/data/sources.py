@@ -36,7 +36,7 @@ _MOST_CHANNELS = 8  # files numbered higher are slices or frames
 _NO_DICOM = tuple(ending for ending in VOLUMES if ending != ".dcm")
 _DISC_DEPTH = 4  # DICOM/PATIENT/STUDY/SERIES below a DICOMDIR
 _MANY = 20  # label values in a message
-_VOIDS = (255, 65535)  # the highest value of a type marks what nobody has labelled, where classes count from 1
+VOIDS = (255, 65535)  # the highest value of a type marks what nobody has labelled, where classes count from 1
 _MOST_COUNTED = 64  # classes that count from 1 are below it
 
 
@@ -118,7 +118,7 @@ def ignored_values(values: Iterable[int | str], ignored: Sequence[int] = ()) -> 
     """
     numbers = {value for value in values if isinstance(value, int) and value > 0}
     found = numbers & set(ignored)
-    for void in _VOIDS:
+    for void in VOIDS:
         others = numbers - {void} - found
         if void in numbers and len(others) > 1 and max(others) < _MOST_COUNTED:
             found.add(void)
@@ -221,17 +221,34 @@ def resolve_classes(
     their own values stay, as every map may number them otherwise (`Recipe.map_labels`). A recipe without classes takes
     those of dataset.json, else the names of the masks, else what `values` finds in the label maps (by default
     `label_values` of one after the other): their own names, and one class for each value above 0 without one, named
-    label_VALUE; with a mask_threshold, the one class `foreground`. Values to be ignored are no classes.
+    label_VALUE; with a mask_threshold, the one class `foreground`. Values to be ignored are no classes: those that the
+    recipe lists, that dataset.json calls so, and of a recipe without classes 255 beside small ones.
     Raises InputError: a name or a structure that is not there, numbers for masks, no or too many values.
     """
+    recipe, voids = _with_classes(recipe, layout, values or (lambda pairs: map(label_values, pairs)))
+    if recipe.mask_threshold is not None or any(isinstance(pair.label, dict) for pair in layout.pairs):
+        return recipe  # masks mark nothing but what they show
+    listed = {value for group in recipe.label_values for value in group}
+    ignored = {*layout.ignored, *voids} - listed
+    return dataclasses.replace(recipe, ignore=recipe.ignore or tuple(sorted(ignored)))
+
+
+def _with_classes(
+    recipe: Recipe,
+    layout: Layout,
+    values: Callable[[Sequence[Pair]], Iterable[Iterable[int | str]]],
+) -> tuple[Recipe, set[int]]:
+    """The recipe with classes, as of `resolve_classes`, and the values found that mark voids."""
+    voids: set[int] = set()
     structures = sorted({name for pair in layout.pairs if isinstance(pair.label, dict) for name in pair.label})
     if recipe.classes and recipe.mask_threshold is not None and not structures:
         if recipe.num_classes > 1:
             known = f"{recipe.num_classes} classes ({few(recipe.classes)})"
             raise InputError(f"mask_threshold {recipe.mask_threshold:g}: makes one class of label maps, not {known}")
-        return dataclasses.replace(recipe, label_values=((1,),))
+        return dataclasses.replace(recipe, label_values=((1,),)), voids
     if recipe.classes and structures:
-        return _with_values(recipe, {name: (name,) for name in structures}, "masks", numbers=False)
+        known = {name: (name,) for name in structures}
+        return _with_values(recipe, known, "masks", numbers=False), voids
     if recipe.classes:
         known = {name: tuple(values) for name, values in layout.classes.items()}
         known = known or {name: (value,) for value, name in layout.names.items()}
@@ -241,7 +258,7 @@ def resolve_classes(
             # Where label maps have names of their own, the folder's serve those that have none (`read_label_map`).
             known = {name: values for name, values in known.items() if plain(name) not in own}
             known |= {name: (name,) for name in own.values()}
-        return _with_values(recipe, known, "labels", numbers=True)
+        return _with_values(recipe, known, "labels", numbers=True), voids
     if structures:
         classes = {name: (name,) for name in structures}
     elif recipe.mask_threshold is not None:
@@ -252,10 +269,10 @@ def resolve_classes(
         if len(set(listed)) != len(listed):
             raise InputError("dataset.json: its regions overlap; list the classes in a recipe (--dataset FILE.yaml)")
     else:
-        read = values or (lambda pairs: map(label_values, pairs))
-        found = {value for one in read(layout.pairs) for value in one}
+        found = {value for one in values(layout.pairs) for value in one}
         numbers = {value for value in found if isinstance(value, int) and value > 0}
-        numbers -= ignored_values(numbers, layout.ignored)
+        voids = ignored_values(numbers, layout.ignored)
+        numbers -= {*voids, *recipe.ignore}
         own = {}
         for name in sorted(value for value in found if isinstance(value, str)):
             own.setdefault(plain(name), name)
@@ -273,7 +290,8 @@ def resolve_classes(
             f"{where}: {len(classes)} different label values in its files, 1 to 255 can be used; list the classes in a "
             "recipe (--dataset FILE.yaml)"
         )
-    return dataclasses.replace(recipe, classes=tuple(classes), label_values=tuple(classes.values()))
+    labels = tuple(classes.values())
+    return dataclasses.replace(recipe, classes=tuple(classes), label_values=labels), voids
 
 
 def find_images(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Pair]:

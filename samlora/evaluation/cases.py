@@ -8,6 +8,7 @@ import numpy as np
 
 from samlora.data.folders import Masks, folder_or_file
 from samlora.data.grid import Case, Volume, common_grid, count_values, match_grid, reorient, slice_order, transposed
+from samlora.data.ignored import split_ignored
 from samlora.data.label_tables import names_beside, numbers_of
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_volume, stem
@@ -48,6 +49,9 @@ class Job:
         if self.recipe is not None and isinstance(self.trio.reference, Path):
             try:
                 mapped = self.recipe.map_labels(reference.array, reference.names)
+                mapped, unlabelled = split_ignored(mapped, self.recipe.to_dict())
+                if unlabelled is not None:
+                    left_out = unlabelled if left_out is None else left_out | unlabelled
                 reference = dataclasses.replace(reference, array=mapped, names=None)
             except InputError as error:
                 raise InputError(f"{self.trio.path}: {error}") from None

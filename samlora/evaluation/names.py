@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from samlora.data.findings import few
 from samlora.data.folders import Layout, Pair
 from samlora.data.label_tables import IGNORED, plain
 from samlora.data.recipe import Recipe
-from samlora.data.sources import names_for_all, resolve_classes
+from samlora.data.sources import VOIDS, ignored_values, names_for_all, resolve_classes
 from samlora.errors import InputError, MissingFileError
 from samlora.evaluation.matching import Matched
 from samlora.files import read_text
@@ -51,6 +51,8 @@ def find_names(
         known = {name: [value] for value, name in read_names(beside[0]).items()} if beside else {}
         pairs = [Pair(trio.name, (), trio.reference) for trio in matched.trios]
         recipe = resolve_classes(recipe, Layout("", pairs, known, (), []))
+        listed = [value for group in recipe.label_values for value in group]
+        ignored = tuple(sorted({*ignored, *_voids(listed), *_numbers(recipe.ignore)}))
         classes = dict(enumerate(recipe.classes, start=1))
         values = {str(value): n for n, group in enumerate(recipe.label_values, start=1) for value in group}
         values |= {name: n for n, name in classes.items()}
@@ -63,6 +65,7 @@ def find_names(
         known = read_names(source)
     else:
         known = {}
+    ignored = tuple(sorted({*ignored, *_voids(known)}))
     known = {value: name for value, name in known.items() if value not in ignored}
     structures = sorted({name for trio in matched.trios for name in trio.structures})
     sides = [side for trio in matched.trios for side in (trio.prediction, trio.reference)]
@@ -78,6 +81,16 @@ def find_names(
     if unknown:
         raise InputError(f"--names: says nothing about {few(unknown)}, of which there are masks; add them")
     return Called(known, values, None, source, ignored)
+
+
+def _voids(listed: Iterable[int | str]) -> set[int]:
+    """Values that mark what nobody has labelled, beside the values that are known to be classes."""
+    classes = set(_numbers(listed))
+    return {void for void in VOIDS if void in ignored_values({*classes, void}) - classes}
+
+
+def _numbers(values: Iterable[int | str]) -> list[int]:
+    return [value for value in values if isinstance(value, int)]
 
 
 def ignored_labels(path: Path) -> tuple[int, ...]:

@@ -393,6 +393,7 @@ def test_evaluate_checks_its_arrays(arguments):
 
 @pytest.mark.parametrize("labels", [LABELS.tolist(), torch.from_numpy(LABELS)])
 def test_evaluate_takes_what_is_an_array(labels):
+    """A control, which no fault showed: what the checks above must not refuse."""
     assert samlora.evaluate(labels, LABELS, [1, 1, 1])[1]["dice"] == 1
 
 

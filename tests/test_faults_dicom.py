@@ -17,12 +17,16 @@ from pydicom.dataset import Dataset, FileMetaDataset
 
 import samlora
 from samlora.cli import main
+from samlora.data import dicom_pixels
 from samlora.data.dicom import list_series
-from samlora.data.grid import Volume, common_grid, match_grid, reorient
+from samlora.data.grid import Volume, case_to_volume, common_grid, match_grid, reorient
+from samlora.data.plan import plan
 from samlora.data.recipe import Recipe
 from samlora.data.sources import find_images
 from samlora.data.volume import read_volume, write_dicom_seg, write_volume
 from samlora.errors import InputError, NoSegmentationError
+from samlora.evaluation.cases import Job, measure
+from samlora.evaluation.matching import Trio
 
 RNG = np.random.default_rng(5)
 AXIAL = [1, 0, 0, 0, 1, 0]
@@ -328,6 +332,76 @@ def test_headers_without_a_spacing_have_none(ending, stated, tmp_path):
     read = read_volume(tmp_path / f"a{ending}")
     assert read.has_spacing == stated
     assert read.array.shape == (4, 3, 2)
+
+
+def flat_source(folder, kind):
+    """A picture with a pixel spacing and without a thickness: its file, or DICOM folder."""
+    import SimpleITK
+
+    if kind == "xray":
+        tags = {"Modality": "DX", "FrameOfReferenceUID": None, "PixelSpacing": [0.5, 0.75]}
+        place = folder / "xray" / "a.dcm"
+        save(place, STACK[0], "DigitalXRayImageStorageForPresentation", SliceThickness=2, **tags)
+        return folder / "xray"
+    image = SimpleITK.GetImageFromArray(STACK[0])
+    image.SetSpacing((0.75, 0.5))
+    SimpleITK.WriteImage(image, str(folder / f"flat{kind}"))
+    return folder / f"flat{kind}"
+
+
+@pytest.mark.parametrize("kind", ["xray", ".mha", ".nrrd", ".nii.gz"])
+def test_a_picture_without_a_thickness_has_no_volume(kind, tmp_path):
+    """Kind 3: mm within the picture are stated, a thickness of 1 mm is not. To the kind belong
+    X-rays, files of two axes, what is written for them, label maps that do not show a class."""
+    image = read_volume(flat_source(tmp_path, kind))
+    assert image.has_spacing and not image.has_thickness
+    assert image.spacing[:2] == pytest.approx((0.75, 0.5))
+    case = Recipe("r", "mr", percentiles=(0, 100)).to_case(image)
+    assert not case.has_thickness and case.spacing[1:] == pytest.approx((0.5, 0.75))
+    labels = np.zeros((1, *case.image.shape[1:]), np.uint8)
+    labels[0, 4:9, 4:9] = 1
+    written = case_to_volume(case, labels)
+    for ending in (".nii.gz", ".mha", ".nrrd"):
+        for side, array in (("pred", np.roll(written.array, 1, 0)), ("truth", written.array)):
+            other = dataclasses.replace(written, array=array)
+            write_volume(other, tmp_path / f"{side}{ending}")
+        read = read_volume(tmp_path / f"truth{ending}", labels=True)
+        assert read.has_spacing and not read.has_thickness
+        sides = tmp_path / f"pred{ending}", tmp_path / f"truth{ending}"
+        measured = measure(Job(Trio("a", *sides), None, {}, None, (1, 2), (2.0,)))
+        for label in (1, 2):
+            strict = measured.results["strict"][label]
+            assert all(np.isnan(strict[name]) for name in ("volume_ml", "reference_ml"))
+        assert measured.results["strict"][1]["hd"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha", ".nrrd"])
+def test_labels_of_images_without_millimetres_have_none(ending, tmp_path):
+    """Kind 3: the label map of a photograph, written in a format that always holds a spacing."""
+    labels = np.ones((5, 4, 3), np.uint8)
+    known = Volume(labels, np.eye(4))
+    write_volume(known, tmp_path / f"known{ending}")
+    write_volume(dataclasses.replace(known, has_spacing=False), tmp_path / f"photo{ending}")
+    assert read_volume(tmp_path / f"known{ending}").has_spacing
+    assert read_volume(tmp_path / f"known{ending}").has_thickness
+    assert not read_volume(tmp_path / f"photo{ending}", labels=True).has_spacing
+
+
+def test_nothing_is_said_in_ml_of_a_picture(tmp_path):
+    """Kind 3: what predict records, what plan proposes, what the app shows."""
+    from samlora.app.image import Image
+
+    source = flat_source(tmp_path, "xray")
+    image = read_volume(source)
+    assert Image(image, "a").description()["has_thickness"] is False
+    mask = np.zeros(image.array.shape, np.uint8)
+    mask[2:8, 2:8] = 1
+    for name in ("p0", "p1"):
+        write_volume(image, tmp_path / f"set/images/{name}.nii.gz")
+        write_volume(dataclasses.replace(image, array=mask), tmp_path / f"set/labels/{name}.nii.gz")
+    made = plan(tmp_path / "set")
+    assert [found.ml for found in made.classes] == [None]
+    assert "ml per case" not in str(made) and "0.75 x 0.5 mm" in str(made)
 
 
 @pytest.mark.parametrize("stated", ["nothing", "sizes", "unit", "place"])
@@ -768,6 +842,45 @@ def test_big_endian_and_shifted_values(tmp_path):
     lut = item(LUTDescriptor=[256, 0, 16], LUTData=table.tobytes(), ModalityLUTType="US")
     save(tmp_path / "table.dcm", gray, "ComputedRadiographyImageStorage", Modality="CR", ModalityLUTSequence=lut)
     assert np.array_equal(read_volume(tmp_path / "table.dcm").array[:, :, 0], table[gray].T)
+
+
+COMPRESSED = {
+    "MR_small_jp2klossless.dcm": "JPEG 2000",
+    "JPEG2000.dcm": "JPEG 2000, lossy",
+    "SC_rgb_gdcm_KY.dcm": "JPEG 2000, colours",
+    "MR_small_jpeg_ls_lossless.dcm": "JPEG-LS",
+    "JPEGLSNearLossless_16.dcm": "JPEG-LS, near-lossless",
+}
+
+
+@pytest.mark.parametrize("wrong", ["swapped bytes", "sign", "none"])
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_compressed_values_are_those_of_a_second_decoder(name, wrong, tmp_path, monkeypatch):
+    """Kind 10: JPEG-LS and JPEG 2000, which pydicom decodes with further libraries.
+
+    To the kind belong lossy and near-lossless forms, colours, files of several frames, of which one
+    is compared. Where decoders differ nothing says which is right: the file is refused.
+    """
+    pytest.importorskip("jpeg_ls" if "LS" in COMPRESSED[name] else "PIL")
+    path = pydicom.data.get_testdata_file(name, download=False)
+    if path is None:
+        pytest.skip("this pydicom does not ship the file")
+    decode = dicom_pixels._by_gdcm
+
+    def errs(header):
+        array = decode(header)
+        if wrong == "swapped bytes":
+            return array.byteswap() if array.itemsize > 1 else array[..., ::-1]  # colours
+        return -array.astype(np.int32) if wrong == "sign" else array
+
+    monkeypatch.setattr(dicom_pixels, "_by_gdcm", errs)
+    if wrong == "none":
+        assert read_volume(path).array.any()
+    else:
+        with pytest.raises(InputError, match="GDCM and pydicom decode transfer syntax .*; save the file"):
+            read_volume(path)
+    monkeypatch.setattr(dicom_pixels, "has_pydicom", lambda: False)
+    assert read_volume(path).array.any()  # a second decoder is no condition
 
 
 def test_without_a_second_decoder_the_line_says_what_is_needed(tmp_path, monkeypatch):

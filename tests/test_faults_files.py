@@ -14,21 +14,24 @@ from PIL import Image
 from test_dicom import write_series
 
 from samlora.cli import main
+from samlora.data.boxes import ReferenceBoxes
 from samlora.data.check import check
-from samlora.data.dataset import find_slices
+from samlora.data.dataset import check_slices, find_slices
 from samlora.data.folders import not_read
 from samlora.data.grid import Volume
+from samlora.data.ignored import IGNORE
 from samlora.data.label_tables import Segment, merge_layers, read_table
 from samlora.data.layouts import find_pairs
 from samlora.data.plan import plan
 from samlora.data.prepare import prepare
 from samlora.data.recipe import Recipe
-from samlora.data.sources import find_images, ignored_values, left_out
+from samlora.data.sources import find_images, ignored_values, left_out, read_image
 from samlora.data.volume import read_case, read_label_names, read_volume, stem, write_dicom_seg, write_volume
 from samlora.errors import InputError
 from samlora.evaluation.folders import evaluate_folders
 from samlora.evaluation.names import ignored_labels
 from samlora.files import find_file, read_text
+from samlora.model.bases import find_base
 
 SHAPE = (20, 18, 6)
 LIVER, SPLEEN = (slice(4, 8), slice(5, 10), slice(1, 5)), (slice(12, 16), slice(5, 9), slice(1, 5))
@@ -295,6 +298,90 @@ def test_palettes_that_differ_are_found_by_check(tmp_path):
     assert "palettes differ: label value 1 is #ff0000 in p0, #00ff00 in p1" in str(check(tmp_path))
 
 
+def boxes_of(source, labels):
+    """Case -> {name of a label: its number and its box on slice 2}, of `--boxes_from`."""
+    pairs = find_images(source)
+    reference = ReferenceBoxes(labels, pairs, 0, 0, largest=False)
+    found = {}
+    for pair in pairs:
+        case = recipe(["any"], slice_axis=2).to_case(read_image(pair))
+        boxes, names = reference.boxes(pair, case)
+        found[pair.name] = {names[b.label]: (b.label, b.corners) for b in boxes if b.first == 2}
+    return found
+
+
+def test_boxes_from_labels_go_by_the_names_of_each_file(named):
+    """A6, of `samlora predict --boxes_from`. What belongs to it: every table of names that
+    `prepare` uses, structures that overlap, values to be ignored, files without names."""
+    found = boxes_of(named / "images", named / "labels")
+    assert found["p0"].keys() == {"liver", "spleen"}
+    assert found["p0"]["liver"][1] == (4, 5, 7, 9)
+    assert found["p0"] == found["p1"] == found["p2"]
+    assert boxes_of(named / "images/p1.nrrd", named / "labels/p1.seg.nrrd")["p1"] == {
+        "spleen": (1, found["p0"]["spleen"][1]),
+        "liver": (2, found["p0"]["liver"][1]),
+    }  # files that agree, as one does with itself, keep their numbers
+
+
+def test_label_maps_by_boxes_number_structures_alike(named, tmp_path):
+    base = str(find_base("vit_ti"))
+    words = [str(named / "images"), "--boxes_from", str(named / "labels"), "-o", str(tmp_path / "o")]
+    assert main(["predict", *words, "--ckpt", base, "--device", "cpu"]) == 0
+    records = [json.loads((tmp_path / f"o/cases/p{n}.json").read_text()) for n in range(3)]
+    assert [record["labels"] for record in records] == [{"1": "liver", "2": "spleen"}] * 3
+
+
+def test_boxes_from_labels_with_tables_beside_them(tmp_path):
+    """Other members: a table beside each file, an extension of NIfTI, a dataset.json."""
+    pairs_of(tmp_path, count=1)
+    rows = '<Label Key="1"><![CDATA[spleen]]></Label><Label Key="2"><![CDATA[liver]]></Label>'
+    nifti(tmp_path / "images/p1.nii.gz", scan())
+    nifti(tmp_path / "labels/p1.nii.gz", organs(2, 1), extension=TABLE.format(rows))
+    (tmp_path / "labels/p0.ctbl").write_text(TABLES["p0.ctbl"])
+    found = boxes_of(tmp_path / "images", tmp_path / "labels")
+    assert found["p0"].keys() == {"liver", "spleen"} and found["p0"] == found["p1"]
+    (tmp_path / "labels/p0.ctbl").unlink()
+    nifti(tmp_path / "labels/p0.nii.gz", organs(7, 9))
+    described = '{"labels": {"background": 0, "liver": 7, "spleen": 8, "ignore": 9}}'
+    (tmp_path / "dataset.json").write_text(described)
+    found = boxes_of(tmp_path / "images", tmp_path / "labels")
+    assert {name: of[0] for name, of in found["p1"].items()} == {"liver": 7, "spleen": 8}
+    assert {name: of[0] for name, of in found["p0"].items()} == {"liver": 7}
+
+
+def test_boxes_of_structures_that_overlap_are_whole(tmp_path):
+    layers = np.zeros((2, *SHAPE), np.uint8)
+    layers[0][LIVER] = 1
+    layers[1][4:6, 5:10, 1:5] = 1
+    nrrd(tmp_path / "images/p0.nrrd", scan())
+    nrrd(tmp_path / "labels/p0.seg.nrrd", layers, [("liver", 1, 0), ("tumour", 1, 1)])
+    found = boxes_of(tmp_path / "images", tmp_path / "labels")
+    assert found["p0"] == {"liver": (1, (4, 5, 7, 9)), "tumour": (2, (4, 5, 5, 9))}
+
+
+def test_boxes_from_labels_of_which_one_names_nothing(named, tmp_path):
+    (named / "labels/p2.seg.nrrd").unlink()
+    nrrd(named / "labels/p2.nrrd", organs())
+    with pytest.raises(InputError, match="p2.nrrd: does not name its values.* table of names"):
+        boxes_of(named / "images", named / "labels")
+    (named / "labels/p2.nrrd").write_bytes(b"NRRD0005\n")  # broken: named when its turn comes
+    with pytest.raises(InputError, match="p2.nrrd: "):
+        boxes_of(named / "images", named / "labels")
+
+
+def test_names_of_masks_that_are_matched_by_size_are_kept(tmp_path):
+    """Pictures say nothing about millimetres, and so take the place of their image."""
+    for n, (one, other) in enumerate((("liver", "spleen"), ("spleen", "liver"))):
+        for side, array in (("images", scan(n)), ("labels", organs(n + 1, 2 - n))):
+            (tmp_path / side).mkdir(exist_ok=True)
+            picture = np.clip(array[:, :, 2], 0, 255).astype(np.uint8)
+            Image.fromarray(picture).save(tmp_path / f"{side}/p{n}.png")
+        (tmp_path / f"labels/p{n}.txt").write_text(f"1: {one}\n2: {other}\n")
+    classes = Recipe("pictures", "image", classes=("liver", "spleen"), label_values=(("liver",), ("spleen",)))
+    made = prepare(tmp_path, tmp_path / "d", classes, workers=1)
+    assert [record["voxels"][1:] for record in made.records] == [[20, 16]] * 2
+
+
 # --- kind 7: several masks in one file ------------------------------------------------------------------------------
 
 
@@ -451,11 +538,12 @@ def test_masks_of_other_ranges_are_named(tmp_path):
     assert any("p1: its masks go up to 1, those of other cases above 127" in line for line in plan(tmp_path).broken)
 
 
-def nnunet(tmp_path, names):
+def nnunet(tmp_path, names, cases=1):
     label = organs()
     label[:, :, ::2] = 3
-    nifti(tmp_path / "imagesTr/p0_0000.nii.gz", scan())
-    nifti(tmp_path / "labelsTr/p0.nii.gz", label)
+    for n in range(cases):
+        nifti(tmp_path / f"imagesTr/p{n}_0000.nii.gz", scan(n))
+        nifti(tmp_path / f"labelsTr/p{n}.nii.gz", label)
     values = {"labels": names, "channel_names": {"0": "CT"}, "numTraining": 1, "file_ending": ".nii.gz"}
     (tmp_path / "dataset.json").write_text(json.dumps(values))
     return tmp_path
@@ -467,9 +555,11 @@ def test_the_ignore_label_is_no_class(tmp_path, word):
     source = nnunet(tmp_path, {"background": 0, "right": 1, "left": 2, word: 3})
     made = plan(source)
     assert [found.name for found in made.classes] == ["right", "left"]
-    said = "label value 3 is to be ignored (dataset.json): such voxels count as background here"
+    said = "label value 3 is to be ignored (dataset.json): such voxels are in no loss and in no measure"
     assert said in str(made) and "does not name" not in str(made)
+    assert made.recipe.ignore == (3,)
     summary = prepare(source, tmp_path / "d", "generic_ct", workers=1)
+    assert summary.recipe.ignore == (3,)
     assert summary.recipe.classes == ("right", "left") and said in str(summary) and said in str(check(source))
 
 
@@ -482,6 +572,49 @@ def test_ignored_voxels_are_not_measured(tmp_path):
     assert any("value 3" in note for note in made.notes)
 
 
+def test_255_is_not_measured_where_the_classes_are_known(tmp_path):
+    """PASCAL VOC's void in a reference, with names and with a recipe; beside no classes it counts."""
+    reference, predicted = organs(), organs()
+    reference[0:3], predicted[0:3] = 255, 1
+    nifti(tmp_path / "truth/p0.nii.gz", reference)
+    nifti(tmp_path / "pred/p0.nii.gz", predicted)
+    sides = tmp_path / "pred", tmp_path / "truth"
+    two = recipe({"liver": 1, "spleen": 2})
+    ignoring = recipe({"liver": 1, "spleen": 2}, ignore=255)
+    for n, how in enumerate(({"names": {1: "liver", 2: "spleen"}}, {"recipe": two}, {"recipe": ignoring})):
+        made = evaluate_folders(*sides, tmp_path / f"e{n}", workers=1, **how)
+        assert {k: m["dice"] for k, m in made.results["strict"]["p0"].items()} == {1: 1, 2: 1}
+        assert any("255" in note for note in made.notes)
+    named = {1: "liver", 2: "spleen", 255: "skin"}
+    made = evaluate_folders(*sides, tmp_path / "f", workers=1, names=named)
+    assert made.results["strict"]["p0"][255]["dice"] == 0
+
+
+def test_ignored_voxels_are_kept_apart_in_prepared_data(tmp_path):
+    """Stored as 255, which a slice of published data may hold as a class, so that the recipe says it."""
+    source = nnunet(tmp_path, {"background": 0, "right": 1, "left": 2, "ignore": 3}, cases=2)
+    raw = read_volume(source / "labelsTr/p0.nii.gz", labels=True).array
+    assert (raw == 3).any()
+    made = prepare(source, tmp_path / "d", recipe({}, keep="all"), workers=1, test_cases=["p1"])
+    (train,) = {item.case for item in find_slices(tmp_path / "d")}
+    stored = [item.read()[1] for item in find_slices(tmp_path / "d")]
+    assert train == "p0" and sum((label == IGNORE).sum() for label in stored) == (raw == 3).sum()
+    assert made.records[0]["voxels"][1:] == [(raw == 1).sum(), (raw == 2).sum()]
+    case = read_case(tmp_path / "d/test_vol_h5/p1.npy.h5")
+    assert case.label.max() == 2 and case.ignored.sum() == (raw == 3).sum()
+    assert not check(tmp_path / "d").failed
+    stored_recipe = made.recipe.to_dict()
+    check_slices(find_slices(tmp_path / "d"), 2, recipe=stored_recipe)
+    with pytest.raises(InputError, match="255"):
+        check_slices(find_slices(tmp_path / "d"), 2)
+    assert made.recipe == Recipe.from_dict(stored_recipe)
+    assert "ignore" not in recipe({"a": 1}).to_dict()  # records and adapters are as they were
+    again = prepare(source, tmp_path / "d", recipe({}, keep="all"), workers=1, test_cases=["p1"])
+    assert again.skipped == 2
+    with pytest.raises(InputError, match="ignore 1: is a value of class a"):
+        recipe({"a": 1}, ignore=1)
+
+
 def test_255_beside_small_values_is_no_class(tmp_path):
     """A member that is not A11: PASCAL VOC. 255 alone, or among levels of gray, is a class."""
     label = organs()
@@ -491,18 +624,21 @@ def test_255_beside_small_values_is_no_class(tmp_path):
     made = plan(tmp_path)
     assert [found.value for found in made.classes] == [1, 2] and any("255" in note for note in made.notes)
     assert prepare(tmp_path, tmp_path / "d", "generic_ct", workers=1).recipe.classes == ("label_1", "label_2")
+    assert made.recipe.ignore == (255,)
     assert ignored_values([255]) == ignored_values([1, 255]) == ignored_values([128, 255]) == ignored_values([85, 170, 255]) == set()
     assert ignored_values([1, 2, 65535]) == {65535}
 
 
 def test_minus_one_is_no_class(tmp_path):
-    """Another member: -1."""
+    """Another member: -1, which a recipe may ignore too."""
     label = organs(dtype=np.int16)
     label[0] = -1
     nifti(tmp_path / "images/p0.nii.gz", scan())
     nifti(tmp_path / "labels/p0.nii.gz", label)
     assert [found.value for found in plan(tmp_path).classes] == [1, 2]
     assert voxels(tmp_path, tmp_path / "d", {})[0] == [[LIVER_VOXELS, SPLEEN_VOXELS]]
+    mapped = recipe({"liver": 1}, ignore=-1).map_labels(label)
+    assert ((mapped == IGNORE) == (label == -1)).all() and (mapped[LIVER] == 1).all()
 
 
 # --- kind 11: the same file is read in the same way wherever it is read ---------------------------------------------

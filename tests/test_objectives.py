@@ -1,6 +1,7 @@
 """What systems train on: prompts and targets of a batch, and the losses made of the answers."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,18 +9,22 @@ import torch
 from monai.losses import DiceCELoss
 
 from samlora.data.augment import Transform, sample_transform
-from samlora.data.dataset import Sample
+from samlora.data.dataset import Sample, find_slices
 from samlora.data.frame import Frame
+from samlora.data.ignored import IGNORE
+from samlora.data.volume import write_slice
 from samlora.errors import InputError
 from samlora.inference.prompted import as_prompts, draw_prompt, least_sure, predict_prompted
 from samlora.model.build import build_model
 from samlora.model.methods import SYSTEMS, system_row
 from samlora.pixels import SAM, SAMED
 from samlora.prompting import Prompting
+from samlora.training import validation
 from samlora.training.config import TrainConfig
 from samlora.training.embeddings import EmbeddingCache
 from samlora.training.objectives import OBJECTIVES
 from samlora.training.prompting import draw_objects
+from samlora.training.reading import BadSamples
 
 SIDE = 64
 CPU = torch.device("cpu")
@@ -127,6 +132,74 @@ def test_padding_is_not_part_of_the_loss():
     for a, b in zip(objective._each(logits, iou, objects), objective._each(other, iou, objects)):
         torch.testing.assert_close(a, b)
     assert not torch.equal(logits, other)
+
+
+@pytest.mark.parametrize("system", ["sam_lora", "sam_prompt", "lite_medsam"])
+def test_what_is_ignored_is_no_object_and_in_no_loss_of_masks(system):
+    model = tiny(system)
+    recipe = {"ignore": [3]}
+    model.spec = replace(model.spec, recipe=recipe)
+    objective = objective_of(model, max_objects=9)
+    plain = sample(0)
+    label = plain.label.copy()
+    label[30:38] = IGNORE
+    label[8:12, 12:36] = IGNORE  # a part of an object
+    batch = [replace(plain, label=label)]
+    objects = draw_objects(batch, objective.prompting, SIDE, SAM, 0, CPU, None, recipe)
+    count = 3 if objective.prompting.parts else 2
+    assert len(objects.targets) == count and not objects.inside.all()
+    logits = torch.randn(objects.targets.shape)
+    other = torch.where(objects.inside, logits, torch.randn(logits.shape) * 9)
+    iou = torch.zeros(len(logits))
+    filled = [x.masked_fill(~objects.inside, -30.0) for x in (logits, other)]
+    for a, b in zip(*(objective._each(x, iou, objects) for x in filled)):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(*(objective._each(x, iou, objects) for x in (logits, other))):
+        torch.testing.assert_close(a, b)
+    assert torch.isfinite(objective(model, batch, 1, None).total)
+
+
+@pytest.mark.parametrize("system", ["samed", "samlora_joint"])
+def test_what_is_ignored_is_in_no_loss_of_classes(system):
+    """The label at ignored pixels may be anything: the losses are equal."""
+    torch.manual_seed(0)
+    model = tiny(system)
+    model.spec = replace(model.spec, recipe={"ignore": [3]})
+    objective = objective_of(model)
+    plain = sample(0)
+    label = plain.label.copy()
+    label[30:38] = IGNORE
+    batch = [replace(plain, label=label)]
+    losses = objective(model, batch, 1, None)
+    assert torch.isfinite(losses.total)
+    _, targets = objective._inputs(model, batch)
+    assert (targets == IGNORE).any()
+    images, _ = objective._inputs(model, batch)
+    if system == "samed":
+        wanted = torch.nn.functional.cross_entropy(model(images), targets, ignore_index=IGNORE)
+        torch.testing.assert_close(losses.parts["loss_ce"], wanted)
+
+
+def test_validation_does_not_measure_what_is_ignored(tmp_path, monkeypatch):
+    label = sample(0).label.copy()
+    label[30:38] = IGNORE
+    write_slice(tmp_path / "a_slice000.npz", sample(0).image, label)
+    model = tiny("samed")
+    model.spec = replace(model.spec, recipe={"ignore": [3]})
+
+    def answers(model, images, truth, *_):
+        assert truth.max() == 2  # prompts are drawn from it
+        return {"automatic": np.where(np.arange(SIDE)[:, None] // 8 == 4, 1, truth)}
+
+    monkeypatch.setattr(validation, "answers", answers)
+    data = SimpleNamespace(val=find_slices(tmp_path))
+    fabric = SimpleNamespace(global_rank=0, world_size=1, device=CPU)
+    run, bad = SimpleNamespace(say=print), BadSamples(False, print)
+    rest = torch.float32, run, bad, Prompting("box")
+    assert 0.9 < validation.validate(model, data, fabric, *rest)["val_dice"] < 1
+    label[32:40] = IGNORE
+    write_slice(tmp_path / "a_slice000.npz", sample(0).image, label)
+    assert validation.validate(model, data, fabric, *rest)["val_dice"] == 1
 
 
 def test_focal_dice_and_iou():

@@ -110,6 +110,19 @@ def test_every_object_is_asked_in_every_way():
     assert measure_case(Person(case.label), case, replace(CONFIG, min_pixels=10**6)) == []
 
 
+def test_answers_where_nobody_has_labelled_do_not_count():
+    """The whole object is answered; a part of it is ignored and so is no error."""
+    raw = two_objects()
+    ignored = np.zeros(raw.shape, bool)
+    ignored[0, 5:9], ignored[2, 10:20] = True, True
+    label = np.where(ignored, 0, raw)
+    for left_out, right in ((ignored, True), (None, False)):
+        case = Case(np.zeros(raw.shape, np.float32), label, name="a", ignored=left_out)
+        asked = measure_case(Person(raw, spoil=0), case, CONFIG)
+        first = [one for one in asked if one.label == 1 and one.kind in (CLICKS, BOX)]
+        assert first and all((one.dice == 1) == right for one in first)
+
+
 def test_boxes_are_wider_by_no_more_than_they_say():
     label = two_objects()
     person = Person(label)

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from samlora.cli import main
 from samlora.data.augment import Transform
 from samlora.data.dataset import Sample
 from samlora.data.grid import Case
-from samlora.data.volume import write_case, write_slice
+from samlora.data.ignored import IGNORE
+from samlora.data.recipe import Recipe
+from samlora.data.volume import read_slice, write_case, write_slice
 from samlora.errors import InputError
 from samlora.model.methods import system_row
 from samlora.model.sam import build_sam
@@ -97,6 +100,24 @@ def test_a_run_leaves_what_it_promises(config, data, base, capsys):
         str(base),
     ):
         assert words in said, words
+
+
+def test_slices_with_ignored_pixels_train_where_the_recipe_says_so(config, data, tmp_path):
+    shutil.copytree(data / "train_npz", tmp_path / "data/train_npz")
+    for path in (tmp_path / "data/train_npz").iterdir():
+        image, label = read_slice(path)
+        label[:6] = IGNORE
+        write_slice(path, image, label)
+    marked = replace(config, root_path=str(tmp_path / "data"), val_cases=("case0002",), stop_epoch=1)
+    with pytest.raises(InputError, match="label values 255 are outside 0..2"):
+        train(marked)
+    two = {"classes": ("a", "b"), "label_values": ((1,), (2,))}
+    recipe = Recipe("marked", "image", ignore=(9,), **two)
+    (tmp_path / "data/recipe.yaml").write_text(json.dumps(recipe.to_dict()))
+    with open(train(marked) / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(np.isfinite(float(row["loss"])) for row in rows)
+    assert np.isfinite(float(rows[-1]["val_dice"]))
 
 
 def test_an_adapter_of_training_predicts_as_the_model_did(config, base):

@@ -121,6 +121,7 @@ class Image:
             "window": list(self.window()),
             "ct": self.is_ct,
             "spacing": None if case.spacing is None else [round(step, 4) for step in case.spacing],
+            "has_thickness": case.has_thickness,
             "display": case.display,
             "plane": self.plane_name,
             "edges": self.edges,

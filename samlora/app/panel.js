@@ -28,8 +28,8 @@ export function rename({ clientX, clientY }) {
 
 function volumeOf(label) {
   if (!label.voxels) return "";
-  const spacing = now.state.image && now.state.image.spacing;
-  if (!spacing) return `${label.voxels} px`;
+  const { spacing, has_thickness: hasThickness } = now.state.image || {};
+  if (!spacing || !hasThickness) return `${label.voxels} px`;
   const millilitres = (label.voxels * spacing[0] * spacing[1] * spacing[2]) / 1000;
   return `${millilitres < 10 ? millilitres.toFixed(2) : millilitres.toFixed(0)} ml`;
 }
@@ -48,7 +48,10 @@ export function render() {
   if (image) {
     const [depth, height, width] = image.shape;
     facts.unshift(["Size", `${width} × ${height}${depth > 1 ? ` × ${depth}` : ""}`]);
-    if (image.spacing) facts.splice(1, 0, ["Voxel", `${[...image.spacing].reverse().join(" × ")} mm`]);
+    if (image.spacing) {
+      const sizes = image.has_thickness ? [...image.spacing] : image.spacing.slice(1);
+      facts.splice(1, 0, ["Voxel", `${sizes.reverse().join(" × ")} mm`]);
+    }
   }
   $("about").firstElementChild.replaceChildren(
     ...facts.flatMap(([name, text]) => [element("dt", name), element("dd", text)]),

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from samlora.allocator import keep_freed_memory
-from samlora.data.dataset import SliceFile, data_folder, find_slices, read_geometry
+from samlora.data.dataset import SliceFile, data_folder, find_slices, read_geometry, read_recipe
 from samlora.data.grid import Case, Geometry
+from samlora.data.ignored import split_ignored
 from samlora.errors import InputError
 from samlora.evaluation.metrics import evaluate_case
 from samlora.evaluation.report import informative_slices
@@ -222,9 +223,15 @@ def _measure(
             else:
                 labels = predict_prompted(model, images, truth, job.prompting, device=device, precision=dtype)
             found["seconds"][case] = time.perf_counter() - began
+            if held.ignored is not None:
+                labels = np.where(held.ignored, labels.dtype.type(0), labels)
             spacing = held.spacing if job.in_mm else None
             classes = range(1, model.spec.num_classes + 1)
-            found["cases"][case] = evaluate_case(held.placed(labels), held.placed(truth), spacing, classes)["strict"]
+            thick = held.geometry is None or held.geometry.has_thickness
+            measured = evaluate_case(
+                held.placed(labels), held.placed(truth), spacing, classes, has_thickness=thick
+            )
+            found["cases"][case] = measured["strict"]
             pictures[f"{way}_{number}"] = labels[held.shown]
     return ways, pictures
 
@@ -234,6 +241,7 @@ class Held:
     """A held-out case as its training slices show it: images (n, H, W) or (n, H, W, C), truth (n, H, W).
 
     places: which slice of the volume each is, of `depth`. spacing: mm along (slice, row, column), None where unknown.
+    ignored: as of a `samlora.data.grid.Case`.
     """
 
     name: str
@@ -243,6 +251,7 @@ class Held:
     depth: int
     spacing: tuple[float, float, float] | None
     geometry: Geometry | None
+    ignored: np.ndarray | None = None
 
     @property
     def shown(self) -> int:
@@ -268,20 +277,22 @@ def read_held(root: str | Path, case: str, slices: Sequence[SliceFile]) -> Held:
     if len({label.shape for _, label in arrays}) > 1:
         raise InputError(f"{slices[0].path}: the slices of {case} have several sizes; prepare the data again")
     images, truth = (np.stack(kind) for kind in zip(*arrays))
+    recipe = read_recipe(root)
+    truth, ignored = split_ignored(truth, None if recipe is None else recipe.to_dict())
     geometry, size = read_geometry(root, case), None
     if geometry is not None:
         record = data_folder(root, "train_npz", "--root_path").parent / "cases" / f"{case}.json"
         size = json.loads(record.read_text(encoding="utf-8"))["size"]
     places = [item.index if item.index is not None else _number(item.path.stem) for item in slices]
     if size is None:
-        return Held(case, images, truth, tuple(range(len(truth))), len(truth), None, None)
+        return Held(case, images, truth, tuple(range(len(truth))), len(truth), None, None, ignored)
     if None in places or max(places) >= size[0]:
         raise InputError(f"{slices[0].path}: is no slice of {record.name}; prepare the data again")
     spacing = Case(images, geometry=geometry).spacing
     if spacing is not None:  # training slices may have been resized
         ratios = (old / new for old, new in zip(size[1:3], truth.shape[1:]))
         spacing = (spacing[0], *(s * ratio for s, ratio in zip(spacing[1:], ratios)))
-    return Held(case, images, truth, tuple(places), size[0], spacing, geometry)
+    return Held(case, images, truth, tuple(places), size[0], spacing, geometry, ignored)
 
 
 def knows_spacing(root: str | Path, case: str) -> bool:

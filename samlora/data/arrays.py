@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from samlora.data.grid import Case, Geometry, Volume, case_to_volume, integers
+from samlora.data.ignored import split_ignored, with_ignored
 from samlora.data.opening import check_finite, reading, writing
 from samlora.data.pictures import PICTURE_AFFINE
 from samlora.errors import InputError
@@ -151,7 +152,9 @@ def read_case(path: str | os.PathLike) -> Case:
     arrays, found, geometry, recipe = _h5_contents(path, ("image", "label"))
     name = re.sub(r"(\.npy)?\.h5$", "", path.name, flags=re.IGNORECASE)
     if "label" in arrays:
-        return Case(*_checked(arrays, found, 3, path), geometry, recipe, name)
+        image, label = _checked(arrays, found, 3, path)
+        label, ignored = split_ignored(label, recipe)
+        return Case(image, label, geometry, recipe, name, ignored)
     blank = np.zeros(np.shape(arrays.get("image"))[:3], np.uint8)
     image, _ = _checked(arrays | {"label": blank}, found, 3, path)
     return Case(image, None, geometry, recipe, name)
@@ -166,8 +169,9 @@ def write_case(case: Case, path: str | os.PathLike) -> None:
     import h5py
 
     content = io.BytesIO()  # HDF5 itself brings the process down when it closes a file on a full disk
+    label = None if case.label is None else with_ignored(case.label, case.ignored)
     with h5py.File(content, "w") as file:
-        for key, array in (("image", case.image.astype(np.float32, copy=False)), ("label", case.label)):
+        for key, array in (("image", case.image.astype(np.float32, copy=False)), ("label", label)):
             if array is not None:
                 pack = dict(chunks=(1, *array.shape[1:]), compression="gzip", compression_opts=1)
                 file.create_dataset(key, data=array, **pack)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from samlora.data.folders import (
+    Layout,
     Masks,
     Pair,
     few,
@@ -28,10 +29,19 @@ from samlora.data.folders import (
     match,
 )
 from samlora.data.grid import Case, Volume, case_to_volume
+from samlora.data.label_tables import numbers_of
+from samlora.data.layouts import with_names
 from samlora.data.prompts import jittered_box
 from samlora.data.recipe import Recipe
-from samlora.data.sources import on_grid, read_label
-from samlora.data.volume import read_volume, stem
+from samlora.data.sources import (
+    folder_names,
+    ignored_values,
+    names_for_all,
+    on_grid,
+    read_label,
+    read_label_map,
+)
+from samlora.data.volume import stem
 from samlora.errors import InputError, MissingFileError
 from samlora.files import identity, read_text, same_name
 
@@ -102,6 +112,9 @@ class BoxFile:
 class ReferenceBoxes:
     """Tight boxes around what reference labels show, by input.
 
+    What a label file calls its own values holds for that file, so that a structure has the same
+    number in all results however the files number it.
+
     Attributes:
         origin: where the boxes come from, for people.
     """
@@ -117,7 +130,8 @@ class ReferenceBoxes:
                 every slice that shows the label.
 
         Raises:
-            MissingFileError, InputError: where there is nothing, or nothing that matches.
+            MissingFileError, InputError: where there is nothing, or nothing that matches; where
+                files number structures differently, and one among them names none.
         """
         self.origin = f"{source}, jitter {jitter} px" if jitter else str(source)
         self._labels = _match_labels(source, pairs)
@@ -126,6 +140,13 @@ class ReferenceBoxes:
         self._largest = largest
         masks = [label for label in self._labels.values() if isinstance(label, dict)]
         self._structures = tuple(sorted({name for of_case in masks for name in of_case}))
+        maps = [Pair("", (), label) for label in self._labels.values() if isinstance(label, Path)]
+        layout = with_names(Layout("", maps, {}, (), []), source.parent)
+        self._folder_names = folder_names(layout)
+        self._ignored = layout.ignored
+        advice = "put a table of names beside it"
+        files = [pair.label for pair in maps]
+        self._names = names_for_all(self._folder_names, files, advice)
 
     def __contains__(self, pair: Pair) -> bool:
         return pair.name in self._labels
@@ -134,7 +155,8 @@ class ReferenceBoxes:
         """The label files of an input and how boxes are made of them, as plain values."""
         labelled = dataclasses.replace(pair, images=(), label=self._labels[pair.name])
         files = [identity(file) for file in labelled.files]
-        return [files, list(self._structures), self._jitter, self._seed]
+        names = list(self._structures) or [list(item) for item in self._names.items()]
+        return [files, names, self._jitter, self._seed]
 
     def boxes(self, pair: Pair, case: Case) -> tuple[list[Box], dict[int, str]]:
         """The boxes of an input, and the names of its labels.
@@ -142,12 +164,19 @@ class ReferenceBoxes:
         Raises:
             InputError: naming the file, for labels on another grid or that are no labels.
         """
-        labelled = dataclasses.replace(pair, label=self._labels[pair.name])
-        where = str(folder_or_file(labelled.label))
-        stack, names = self._reference(labelled, case)
+        label = self._labels[pair.name]
+        labelled = dataclasses.replace(pair, label=label, names=self._folder_names)
+        where = str(folder_or_file(label))
+        if isinstance(label, dict):
+            stack = self._of_masks(labelled, case)
+            names = dict(enumerate(self._structures, start=1))
+            values = {number: [number] for number in names}
+        else:
+            stack, values = self._of_map(labelled, case)
+            names = {number: self._names.get(number, _label_name(number)) for number in values}
         found = []
         for number in names:
-            masks = stack == number
+            masks = np.isin(stack, values[number])
             sizes = masks.sum(axis=(1, 2))
             shown = np.flatnonzero(sizes).tolist()
             if self._largest and shown:
@@ -159,25 +188,34 @@ class ReferenceBoxes:
                 found.append(Box(index, index, tuple(corners.tolist()), number, where))
         return found, names
 
-    def _reference(self, pair: Pair, case: Case) -> tuple[np.ndarray, dict[int, str]]:
-        """The labels (D, H, W) on the slices of a case, and their names.
+    def _of_masks(self, pair: Pair, case: Case) -> np.ndarray:
+        """The masks of a case on its slices, (D, H, W), numbered in the order of their names."""
+        values = tuple((name,) for name in self._structures)
+        recipe = Recipe("masks", "image", classes=self._structures, label_values=values)
+        labels, _ = read_label(pair, _grid_of(case, pair), recipe)
+        return _slices_of(labels, case)
 
-        Label maps keep their values; masks are numbered in the order of their names.
+    def _of_map(self, pair: Pair, case: Case) -> tuple[np.ndarray, dict[int, list[int]]]:
+        """A label map on the slices of a case, (D, H, W), and the values that show each number.
+
+        Structures with a name have the number of that name, other values are numbers themselves.
         """
-        grid = case_to_volume(case, np.zeros(case.image.shape[:3], np.uint8))
-        grid = dataclasses.replace(grid, path=str(pair.images[0]))
-        if isinstance(pair.label, dict):
-            values = tuple((name,) for name in self._structures)
-            recipe = Recipe("masks", "image", classes=self._structures, label_values=values)
-            labels, _ = read_label(pair, grid, recipe)
-            return _slices_of(labels, case), dict(enumerate(self._structures, start=1))
-        labels = on_grid(read_volume(pair.label, labels=True), grid)
-        values = np.unique(labels.array[labels.array != 0]).tolist()
-        if values and not (values[0] > 0 and values[-1] <= MOST_LABELS):
-            found = f"{values[0]}..{values[-1]}"
+        labels = on_grid(read_label_map(pair), _grid_of(case, pair))
+        numbers = {name: number for number, name in self._names.items()}
+        present = np.unique(labels.array[labels.array != 0]).tolist()
+        ignored = ignored_values(present, self._ignored)
+        shown: dict[int, list[int]] = {}
+        for value in present:
+            called = (labels.names or {}).get(value, ())
+            if called or value not in ignored:
+                for number in numbers_of(called, numbers) or {value}:
+                    shown.setdefault(number, []).append(value)
+        shown = dict(sorted(shown.items()))
+        if shown and not (min(shown) > 0 and max(shown) <= MOST_LABELS):
+            found = f"{min(shown)}..{max(shown)}"
             allowed = f"0 to {MOST_LABELS} can be used"
             raise InputError(f"{pair.label}: label values {found}; {allowed}")
-        return _slices_of(labels, case), {value: _label_name(value) for value in values}
+        return _slices_of(labels, case), shown
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -242,6 +280,12 @@ def _within(box: Box, case: Case) -> Box:
             f"0 <= y0 <= y1 <= {height - 1} is needed"
         )
     return box
+
+
+def _grid_of(case: Case, pair: Pair) -> Volume:
+    """The grid of a case's file, empty."""
+    grid = case_to_volume(case, np.zeros(case.image.shape[:3], np.uint8))
+    return dataclasses.replace(grid, path=str(pair.images[0]))
 
 
 def _slices_of(labels: Volume, case: Case) -> np.ndarray:

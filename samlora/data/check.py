@@ -27,6 +27,7 @@ from samlora.data.findings import (
     without_path,
 )
 from samlora.data.grid import Case, case_to_volume
+from samlora.data.ignored import split_ignored
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_case, read_slice, stem
 from samlora.errors import InputError, MissingFileError
@@ -128,6 +129,8 @@ def _look(side: str, file: Path, root: Path, recipe: Recipe | None, stored: Reci
     except InputError as error:
         look.trouble.append((name, without_path(error, file)))
         return look
+    if case is None and stored is not None:
+        label, _ = split_ignored(label, stored.to_dict())
     look.types = _types(file, side)
     look.shape = image.shape[1:3] if side == "train" else image.shape[:3]
     look.channels = 1 if image.ndim == 3 else image.shape[3]

@@ -22,6 +22,7 @@ from samlora.data.findings import (
     without_path,
 )
 from samlora.data.folders import Layout, Pair
+from samlora.data.ignored import split_ignored
 from samlora.data.label_tables import contradictions
 from samlora.data.layouts import find_pairs
 from samlora.data.pictures import palette_colours
@@ -91,7 +92,8 @@ def _look(
     look.types = str(image.array.dtype)
     axes = image.axes if image.has_spacing else ""
     if axes:
-        look.spacing = f"{' x '.join(f'{s:.3g}' for s in image.spacing)} mm {axes}"
+        sizes = image.spacing if image.has_thickness else image.spacing[:2]
+        look.spacing = f"{' x '.join(f'{s:.3g}' for s in sizes)} mm {axes}"
     label, remarks = None, []
     try:
         if given:
@@ -103,7 +105,10 @@ def _look(
     except InputError as error:
         look.trouble.append(_placed(error, pair, root))
     slices = recipe.to_slices(image)
-    measure(look, slices, None if label is None else recipe.to_slices(label))
+    stack = None
+    if label is not None:
+        stack, _ = split_ignored(recipe.to_slices(label), recipe.to_dict())
+    measure(look, slices, stack)
     look.marks = slice_marks(slices, None)
     keys = [0, *_keys(recipe, given)]
     look.voxels = {keys[value]: count for value, count in look.voxels.items()}

@@ -12,7 +12,9 @@ import numpy as np
 
 from samlora.data.augment import SAMPLERS, Transform
 from samlora.data.grid import Geometry
+from samlora.data.ignored import split_ignored
 from samlora.data.opening import reading
+from samlora.data.recipe import Recipe
 from samlora.data.volume import read_slice, stack_length
 from samlora.errors import InputError, MissingFileError
 from samlora.files import find_file, read_text, same_name
@@ -37,8 +39,10 @@ class SliceFile:
 
 @dataclass(frozen=True)
 class Sample:
-    """A slice from disk, and what is to be done to it. image (H, W) or (C, H, W) float32, label (H, W) uint8;
-    or a patch of a volume, (D, S, S) or (C, D, S, S).
+    """A slice from disk, and what is to be done to it.
+
+    image (H, W) or (C, H, W) float32, label (H, W) uint8; or a patch of a volume, (D, S, S) or
+    (C, D, S, S). The label holds `samlora.data.ignored.IGNORE` where the recipe ignores values.
 
     key: (epoch, index), on which all that is random about it depends.
     """
@@ -105,6 +109,15 @@ def find_slices(root: str | Path, list_dir: str | Path | None = None) -> list[Sl
     return found
 
 
+def read_recipe(root: str | Path) -> Recipe | None:
+    """The recipe beside training slices, if any: published data have none."""
+    folder = data_folder(root, "train_npz", "--root_path")
+    for place in (folder, folder.parent):
+        if (place / "recipe.yaml").is_file():
+            return Recipe.load(place / "recipe.yaml")
+    return None
+
+
 def read_geometry(root: str | Path, case: str) -> Geometry | None:
     """The grid a training case was cut from, as `samlora prepare` recorded it; None for published data."""
     record = data_folder(root, "train_npz", "--root_path").parent / "cases" / f"{case}.json"
@@ -133,8 +146,10 @@ class Contents:
     channels: int = 1
 
 
-def check_slices(slices: Sequence[SliceFile], num_classes: int, threads: int = 4) -> Contents:
-    """Reads every slice once and says what they hold.
+def check_slices(
+    slices: Sequence[SliceFile], num_classes: int, threads: int = 4, recipe: Mapping | None = None
+) -> Contents:
+    """Reads every slice once and says what they hold. recipe: what made them, as plain values; None if not known.
 
     Raises InputError naming the first file with a label outside 0..num_classes, one that cannot be read, or one with
     more or fewer channels than the first.
@@ -142,6 +157,7 @@ def check_slices(slices: Sequence[SliceFile], num_classes: int, threads: int = 4
 
     def read(item: SliceFile) -> tuple[np.ndarray, float, float, int]:
         image, label = item.read()
+        label, _ = split_ignored(label, recipe)
         low, high = int(label.min()), int(label.max())
         if low < 0 or high > num_classes:
             outside = [int(v) for v in np.unique(label) if v < 0 or v > num_classes]

@@ -72,7 +72,7 @@ def read_dicom(path: Path, series: str | int | None) -> Volume:
 
     Slices lie where ImagePositionPatient says, in the order of their places along the normal of the slices; one slice
     alone is as thick as its header says. has_spacing is False for files without PixelSpacing, for one slice without a
-    thickness, and for frames of which no distance is stated (films).
+    thickness, and for frames of which no distance is stated (films); has_thickness for one slice without a place.
     Raises InputError naming the file: broken, a gap or two slices at one place, slices that shift sideways (a tilted
     gantry: no grid with right angles holds them); the same of frames of one file.
     """
@@ -81,7 +81,8 @@ def read_dicom(path: Path, series: str | int | None) -> Volume:
         slices = stack(headers, path)
         array = read_planes(slices.planes, path)
     array = array.transpose((2, 1, 0, *range(3, array.ndim)))
-    return Volume(array, _LPS_TO_RAS @ slices.affine, 1, 1, None, str(path), has_spacing=slices.has_spacing)
+    known = {"has_spacing": slices.has_spacing, "has_thickness": slices.has_thickness}
+    return Volume(array, _LPS_TO_RAS @ slices.affine, 1, 1, None, str(path), **known)
 
 
 def choose(path: Path, series: str | int | None) -> list[Header]:

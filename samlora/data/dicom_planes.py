@@ -42,8 +42,10 @@ class Plane:
 class Stack:
     """The slices of a series in the order of their places, and their grid.
 
-    affine: (4, 4), voxel (column, row, slice) -> LPS mm. has_spacing: whether the files tell millimetres in all three
-    directions. placed: whether they tell where the slices lie. framed: whether the slices are frames of a file.
+    affine: (4, 4), voxel (column, row, slice) -> LPS mm. has_spacing: whether the files tell
+    millimetres in all three directions, or in two for a slice without a place. has_thickness:
+    whether in the third. placed: whether they tell where the slices lie. framed: whether the
+    slices are frames of a file.
     """
 
     planes: list[Plane]
@@ -51,6 +53,7 @@ class Stack:
     has_spacing: bool
     placed: bool
     framed: bool
+    has_thickness: bool = True
 
 
 def stack(headers: Sequence[Header], path: Path) -> Stack:
@@ -162,8 +165,9 @@ def _in_order(planes: Sequence[Plane], path: Path) -> list[Plane]:
 def _without_places(planes: list[Plane], first: Header, framed: bool) -> Stack:
     """Slices that do not say where they lie: X-rays, photographs, frames of a film.
 
-    One slice keeps its pixel spacing. Of several frames the distance must be known too, else no direction is in mm:
-    the third one may be time.
+    One slice keeps its pixel spacing; projections have no thickness, whatever a header says.
+    Of several frames the distance must be known too, else no direction is in mm: the third one
+    may be time.
     """
     if first.enhanced and not framed:  # without pydicom: as GDCM understands it
         return Stack(planes, first.affine, True, True, False)
@@ -178,7 +182,7 @@ def _without_places(planes: list[Plane], first: Header, framed: bool) -> Stack:
             planes = planes if along[1] > along[0] else planes[::-1]
         else:
             width, height = 1.0, 1.0
-    return Stack(planes, np.diag([width, height, step, 1.0]), known, False, framed)
+    return Stack(planes, np.diag([width, height, step, 1.0]), known, False, framed, framed)
 
 
 def _even(along: np.ndarray) -> bool:

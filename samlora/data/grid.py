@@ -22,7 +22,7 @@ class Geometry:
 
     `orientation` are the axis codes the array had when it was cut along its axis `slice_axis`. `box` is the part
     of every slice that was kept, (first row, last row + 1, first column, last column + 1); None for all of it.
-    has_spacing: as of the `Volume`.
+    has_spacing, has_thickness: as of the `Volume`.
     """
 
     shape: tuple[int, int, int]
@@ -34,6 +34,7 @@ class Geometry:
     slice_axis: int
     box: tuple[int, int, int, int] | None = None
     has_spacing: bool = True
+    has_thickness: bool = True
 
     def to_dict(self) -> dict:
         """The geometry as values that JSON can hold; `from_dict` takes them back exactly."""
@@ -61,6 +62,8 @@ class Volume:
     `affine` (4, 4) float64 maps voxel indices to RAS millimetres. `qform` is the file's second affine where
     it differs from the first (NIfTI may hold two). `path` is where the volume came from, for messages. has_spacing:
     False where the file says nothing about millimetres (pictures, bare arrays); a voxel then counts as 1 x 1 x 1.
+    has_thickness: False for one slice of unknown thickness (X-rays, files of two axes), which counts as 1 mm: distances
+    are in mm, but nothing has a volume.
     sparse: the slices (along the last axis) are known one by one, and what lies between or beside them is empty, as
     in DICOM segmentations, which leave out empty frames.
     names: of a label map that names its own values: value -> the structures that it shows, several where they overlap.
@@ -73,6 +76,7 @@ class Volume:
     qform: np.ndarray | None = None
     path: str = ""
     has_spacing: bool = True
+    has_thickness: bool = True
     sparse: bool = False
     names: Mapping[int, tuple[str, ...]] | None = None
 
@@ -89,14 +93,16 @@ class Volume:
     def geometry(self, orientation: str | None, slice_axis: int) -> Geometry:
         """What undoes turning to `orientation` (None: left as stored) and cutting along `slice_axis`."""
         grid = self.array.shape[:3], self.affine, self.qform, self.qform_code, self.sform_code
-        return Geometry(*grid, orientation or self.axes, slice_axis, has_spacing=self.has_spacing)
+        known = {"has_spacing": self.has_spacing, "has_thickness": self.has_thickness}
+        return Geometry(*grid, orientation or self.axes, slice_axis, **known)
 
 
 @dataclasses.dataclass
 class Case:
     """A volume as SAMed stores it: image (D, H, W) or (D, H, W, C) float32, label (D, H, W) integer or None.
 
-    `geometry` and `recipe` are None for published files, which hold neither.
+    `geometry` and `recipe` are None for published files, which hold neither. ignored: (D, H, W) bool, where nobody has
+    labelled anything and the label says background; None where the recipe ignores nothing.
     """
 
     image: np.ndarray
@@ -104,11 +110,17 @@ class Case:
     geometry: Geometry | None = None
     recipe: dict | None = None
     name: str = ""
+    ignored: np.ndarray | None = None
 
     @property
     def affine(self) -> np.ndarray | None:
         """The source file's affine (4, 4), voxel (i, j, k) -> RAS mm, or None where it is not known."""
         return None if self.geometry is None else self.geometry.affine
+
+    @property
+    def has_thickness(self) -> bool:
+        """Whether voxels have a volume, where their spacing is known; see `Volume`."""
+        return self.geometry is None or self.geometry.has_thickness
 
     @property
     def display(self) -> dict[str, bool | float]:
@@ -267,7 +279,8 @@ def case_to_volume(case: Case, stack: np.ndarray) -> Volume:
     array = transposed(np.flip(array, np.flatnonzero(flips)), np.argsort(order))
     if array.shape[:3] != tuple(g.shape):
         raise InputError(f"{case.name}: slices of shape {case.image.shape} do not fit their source {g.shape}")
-    return Volume(array, g.affine, g.qform_code, g.sform_code, g.qform, case.name, g.has_spacing)
+    codes = g.qform_code, g.sform_code
+    return Volume(array, g.affine, *codes, g.qform, case.name, g.has_spacing, g.has_thickness)
 
 
 def neighbours(stack: np.ndarray, index: Sequence[int]) -> np.ndarray:

@@ -55,6 +55,12 @@ def values_named(names: Mapping[int, Sequence[str]], wanted: str) -> list[int]:
     return [value for value, found in names.items() if plain(wanted) in map(plain, found)]
 
 
+def numbers_of(found: Sequence[str], numbers: Mapping[str, int]) -> set[int]:
+    """The numbers of the structures `found` that are among `numbers`, name -> number."""
+    wanted = set(map(plain, found))
+    return {number for name, number in numbers.items() if plain(name) in wanted}
+
+
 # --- tables inside label files ------------------------------------------------------------------------------------
 
 

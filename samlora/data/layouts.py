@@ -62,11 +62,14 @@ def find_pairs(source: str | os.PathLike) -> Layout:
         raise MissingFileError(f"{source}: no such folder; give the folder that holds images and labels")
     layout = _unwrapped(source, _DEPTH)
     layout.pairs = sorted(uniform(layout.pairs, source), key=lambda pair: pair.name)
-    return _with_names(layout, source)
+    return with_names(layout, source)
 
 
-def _with_names(layout: Layout, source: Path) -> Layout:
-    """`layout` with the names that a dataset.json or a table near the label maps gives their values."""
+def with_names(layout: Layout, source: Path) -> Layout:
+    """`layout` with the names of label values in a dataset.json or a table near its label maps.
+
+    source: the folder above which nothing is looked for.
+    """
     maps = [pair.label for pair in layout.pairs if isinstance(pair.label, Path)]
     if not maps:
         return layout
@@ -87,7 +90,7 @@ def _with_names(layout: Layout, source: Path) -> Layout:
     if layout.ignored:
         values = " ".join(map(str, layout.ignored))
         text = f"label value {values} is to be ignored (dataset.json)"
-        layout.notes.append(f"{text}: such voxels count as background here")
+        layout.notes.append(f"{text}: such voxels are in no loss and in no measure")
     names = layout.names or {group[0]: name for name, group in layout.classes.items() if len(group) == 1}
     layout.pairs = [dataclasses.replace(pair, names=names) for pair in layout.pairs]
     return layout

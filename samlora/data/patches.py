@@ -3,7 +3,7 @@
 A case's slices, in order, are its volume. Voxels are taken as they are stored; nothing is resampled to one spacing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from samlora.data.augment import SAMPLERS, Transform
 from samlora.data.batch import transformed
 from samlora.data.dataset import Sample, SliceFile
+from samlora.data.ignored import split_ignored
 from samlora.errors import InputError
 
 
@@ -48,8 +49,9 @@ class PatchDataset:
     roi: (D, S, S), size of a patch in voxels. augment: as of SliceDataset, but "samed" is quarter turns and flips in
     the plane: turns by less would bring in corners that no image has. decoded: as of SliceDataset; without it a patch
     takes the reading of D slices. Samples have an image (D, S, S), or (C, D, S, S) where slices hold channels, and a
-    label (D, S, S). Reads every slice once. Raises InputError for a slice that cannot
-    be read, a gap (`stacks`), or slices of several sizes in a volume.
+    label (D, S, S). recipe: what made the slices, as plain values; what it ignores is no class.
+    Reads every slice once. Raises InputError for a slice that cannot be read, a gap (`stacks`), or
+    slices of several sizes in a volume.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class PatchDataset:
         augment: str = "samed",
         decoded: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
         threads: int = 4,
+        recipe: Mapping | None = None,
     ):
+        self._recipe = recipe
         self.slices, self.seed, self.roi, self.augment, self.decoded = list(slices), seed, roi, augment, decoded
         self._stacks = stacks(self.slices)
         with ThreadPoolExecutor(threads) as pool:
-            labels = pool.map(lambda index: self._read(index)[1], range(len(self.slices)))
+            labels = pool.map(lambda index: self._label_to_draw(index), range(len(self.slices)))
             self._sizes, self._pixels = zip(*((label.shape, np.bincount(label.ravel())) for label in labels))
         for case, members in self._stacks.items():
             other = next((n for n in members if self._sizes[n] != self._sizes[members[0]]), None)
@@ -104,6 +108,10 @@ class PatchDataset:
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         image, label = self.slices[index].read() if self.decoded is None else self.decoded[index]
         return image, label.astype(np.uint8)
+
+    def _label_to_draw(self, index: int) -> np.ndarray:
+        """The label of a slice by which patches are chosen: what is ignored is no class."""
+        return split_ignored(self._read(index)[1], self._recipe)[0]
 
     def _voxel_of_class(self, members: Sequence[int], random: np.random.Generator) -> tuple[int, int, int] | None:
         """A voxel (slice, row, column) of a class of the volume; None where it shows none."""

@@ -111,7 +111,10 @@ def _choose_classes(made: Plan) -> None:
     ignored = ignored_values(found, layout.ignored) if threshold is None else set()
     if ignored - set(layout.ignored):
         text = f"value {_listed(sorted(ignored - set(layout.ignored)))} beside small ones marks what is not labelled"
-        made.notes.append(f"{text}, as in PASCAL VOC: it counts as background here; list it if it is a class")
+        made.notes.append(f"{text}, as in PASCAL VOC: it is ignored; list it if it is a class")
+    if ignored:
+        made.choices["ignore"] = sorted(ignored)
+        made.reasons["ignore"] = "voxels that nobody has labelled: in no loss and in no measure"
     numbers = {value for value in found if isinstance(value, int) and value > 0}
     if threshold is None and numbers and min(numbers) < SOFT and max(numbers) == 255 and not ignored:
         text = "value 255 may mark what is not labelled, as in PASCAL VOC"
@@ -143,7 +146,7 @@ def _choose_classes(made: Plan) -> None:
         having = [(look, shown[value]) for look, shown in zip(looks, by_case) if shown.get(value)]
         if own and not having:  # a table of names inside label files may list structures that none of them shows
             continue
-        ml = [count * float(np.prod(look.spacing)) / 1000 for look, count in having if look.spacing]
+        ml = [count * look.voxel_ml for look, count in having if look.voxel_ml is not None]
         mean = sum(ml) / len(ml) if ml else None
         made.classes.append(Found(name, value, len(having), sum(count for _, count in having), mean))
     if not 0 < len(made.classes) < 256:

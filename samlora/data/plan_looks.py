@@ -37,6 +37,14 @@ class LabelLook:
     soft: float | None
     lossy: bool
     names: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    has_thickness: bool = True
+
+    @property
+    def voxel_ml(self) -> float | None:
+        """The volume of a voxel in ml; None where it is not known."""
+        if self.spacing is None or not self.has_thickness:
+            return None
+        return float(np.prod(self.spacing)) / 1000
 
 
 @dataclasses.dataclass
@@ -80,7 +88,9 @@ def look_at_label(pair: Pair) -> LabelLook:
     known = volume.has_spacing
     spacing, axes = (volume.spacing, volume.axes) if known else (None, "")
     lossy = any(is_lossy(path) for paths in files.values() for path in paths)
-    return LabelLook(pair.name, pair.test, volume.array.shape, spacing, axes, values, filled, soft, lossy, names)
+    shape, thick = volume.array.shape, volume.has_thickness
+    found = values, filled, soft, lossy, names, thick
+    return LabelLook(pair.name, pair.test, shape, spacing, axes, *found)
 
 
 def _raw(path: Path, pair: Pair | None = None) -> tuple[Volume, float | None]:

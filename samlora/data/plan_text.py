@@ -73,7 +73,7 @@ def _report_text(plan: Plan) -> str:
     if axes:
         rows.append(("axes", ", ".join(f"{code} ({count})" if len(axes) > 1 else code for code, count in axes.items())))
     lines = [f"{plan.source}: {_cases(plan)}{split}; {layout.kind}", "", *columns(rows), "", *_class_table(plan)]
-    keys = ["modality", "window", "percentiles", "channels", "mask_threshold", "size"]
+    keys = ["modality", "window", "percentiles", "channels", "mask_threshold", "ignore", "size"]
     keys += ["orientation", "slice_axis", "keep"] if max(look.shape[2] for look in plan.labels) > 1 else []
     chosen = [(key, _value(plan.choices[key]), plan.reasons[key]) for key in keys if key in plan.choices]
     lines += ["", "the recipe will say:", *columns(chosen), ""]
@@ -124,6 +124,8 @@ def _recipe_text(plan: Plan, path: str | os.PathLike) -> str:
 
 def _classes(plan: Plan) -> list[str]:
     lines = ["# Foreground classes 1, 2, 3 ... in this order. Rename them as you like; leave out what you do not need."]
+    if "ignore" in plan.choices:
+        lines.append(_line("ignore", plan.choices["ignore"], plan.reasons["ignore"]))
     if "mask_threshold" in plan.choices:
         lines.append(_line("mask_threshold", plan.choices["mask_threshold"], plan.reasons["mask_threshold"]))
     elif any(look.names for look in plan.labels):
@@ -197,6 +199,8 @@ def _spacings(plan: Plan) -> str:
     if not spacings:
         return "unknown"
     more = f"; unknown in {unknown}" if unknown else ""
+    if not any(look.has_thickness for look in plan.labels):
+        spacings = [spacing[:2] for spacing in spacings]
     rounded = [tuple(float(f"{size:.3g}") for size in spacing) for spacing in spacings]
     same = " x ".join(f"{size:g}" for size in rounded[0])
     return (same if len(set(rounded)) == 1 else _range(rounded)) + " mm" + more

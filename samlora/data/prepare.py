@@ -24,6 +24,7 @@ import yaml
 
 from samlora.data.dataset import check_patients
 from samlora.data.grid import Case, neighbours
+from samlora.data.ignored import with_ignored
 from samlora.data.label_tables import contradictions
 from samlora.data.layouts import Layout, Pair, find_pairs
 from samlora.data.parts import drop_small_parts
@@ -175,6 +176,7 @@ def _prepare_case(job: _Job) -> dict:
         files.append(f"medsam_npz/{job.split}/{name}.npz")
         write_medsam(job.destination / files[-1], case.image, case.label, case.spacing and case.spacing[::-1])
     voxels = np.bincount(label.array.ravel(), minlength=recipe.num_classes + 1)
+    voxels = voxels[: recipe.num_classes + 1]  # without those that are ignored
     record = {"name": name, **stamp, "geometry": case.geometry.to_dict(), "size": list(case.image.shape[:3])}
     names = read_label_names(pair.label) if isinstance(pair.label, Path) else {}
     called = {str(value): list(found) for value, found in names.items()}
@@ -197,7 +199,7 @@ def _write_slices(job: _Job, case: Case) -> list[str]:
         labels = drop_small_parts(labels, recipe.min_voxels, recipe.min_pixels)
     for n in _kept(labels, recipe.keep):
         image = neighbours(case.image, [n])[0] if recipe.channels == "neighbours" else case.image[n]
-        label = labels[n]
+        label = with_ignored(labels[n], None if case.ignored is None else case.ignored[n])
         if size is not None:
             channels_first = np.moveaxis(image, -1, 0) if image.ndim == 3 else image
             resized = resize_image(channels_first, (size, size))

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from samlora.data.grid import Case, Volume, body_axes, integers, reorient, slice_order, transposed
+from samlora.data.ignored import IGNORE, split_ignored
 from samlora.data.label_tables import values_named
 from samlora.data.opening import check_finite
 from samlora.errors import InputError, MissingFileError
@@ -45,9 +46,10 @@ class Recipe:
     three are taken as they are, other counts go through a learned 1x1 convolution that belongs to the adapter.
     classes: foreground names, class 1 first; label_values: per class its values in the label files, or the names that
     the data set gives them. Both empty: taken from the data when they are prepared. mask_threshold: label files are
-    soft, JPEG or otherwise inexact masks of one class; what is above belongs to it. cases: a regular expression for the
-    names of the cases to take; None for all. patient: a regular expression whose group finds the patient in the name
-    of a case; None where each case is another patient. test_cases: names.
+    soft, JPEG or otherwise inexact masks of one class; what is above belongs to it. ignore: values in the label files,
+    or names, of voxels that nobody has labelled; they are in no loss and in no measure. cases: a regular expression for
+    the names of the cases to take; None for all. patient: a regular expression whose group finds the patient in the
+    name of a case; None where each case is another patient. test_cases: names.
     keep: "all" slices for training, those with "foreground", or those and this share (0 to 1) of the others, evenly
     spread. min_voxels, min_pixels: smaller parts of a class, in 3D and within a slice, are dropped from the labels of
     training slices. Raises InputError for values that contradict this.
@@ -65,6 +67,7 @@ class Recipe:
     classes: tuple[str, ...] = ()
     label_values: tuple[tuple[int | str, ...], ...] = ()
     mask_threshold: float | None = None
+    ignore: tuple[int | str, ...] = ()
     cases: str | None = None
     patient: str | None = None
     test_cases: tuple[str, ...] = ()
@@ -78,6 +81,7 @@ class Recipe:
                 object.__setattr__(self, key, self._range(key))
         object.__setattr__(self, "classes", tuple(self.classes))
         object.__setattr__(self, "label_values", tuple(tuple(values) for values in self.label_values))
+        object.__setattr__(self, "ignore", tuple(self.ignore))
         names = [same_name(name) if isinstance(name, str) else name for name in self.test_cases]
         object.__setattr__(self, "test_cases", tuple(names))
         if isinstance(self.channels, list | tuple):
@@ -145,6 +149,8 @@ class Recipe:
             if not isinstance(classes, Mapping):
                 raise InputError(f"classes {classes!r}: give each class as `name: value in the label files`")
             label_values = [v if isinstance(v, list | tuple) else [v] for v in classes.values()]
+            if not isinstance(given.get("ignore", ()), list | tuple):
+                given["ignore"] = (given["ignore"],)
             if not isinstance(given.get("test_cases", []), list | tuple):
                 raise InputError(f"test_cases {given['test_cases']!r}: a list of case names is needed")
             return cls(**given, classes=tuple(classes), label_values=tuple(map(tuple, label_values)))
@@ -156,6 +162,8 @@ class Recipe:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         label_values = values.pop("label_values")
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        if not self.ignore:  # as in records and adapters that were written before there was such a key
+            del plain["ignore"]
         plain["classes"] = {n: v[0] if len(v) == 1 else list(v) for n, v in zip(self.classes, label_values)}
         return plain
 
@@ -180,7 +188,11 @@ class Recipe:
             top, bottom, left, right = box
             images = np.ascontiguousarray(images[:, top:bottom, left:right])
             labels = None if labels is None else np.ascontiguousarray(labels[:, top:bottom, left:right])
-        return Case(images, labels, dataclasses.replace(geometry, box=box), self.to_dict(), name)
+        values, ignored = self.to_dict(), None
+        if labels is not None:
+            labels, ignored = split_ignored(labels, values)
+        geometry = dataclasses.replace(geometry, box=box)
+        return Case(images, labels, geometry, values, name, ignored)
 
     def image_stack(self, volume: Volume) -> np.ndarray:
         """A volume as the slices a model for this recipe sees: float32 in 0..1, turned, not cropped.
@@ -212,7 +224,8 @@ class Recipe:
         return np.minimum(values, 1, out=values)  # rounding may end just above
 
     def map_labels(self, array: np.ndarray, names: Mapping[int, Sequence[str]] | None = None) -> np.ndarray:
-        """Label values as classes: uint8 0..num_classes, same shape; values that no class lists become 0.
+        """Label values as classes: uint8 0..num_classes, same shape; values that no class lists become 0, ignored ones
+        `samlora.data.ignored.IGNORE`.
 
         names: what the label map calls its values (`Volume.names`); a class that is given by its name has the values of
         that name, none where the map does not show it. Of structures that overlap the later class gets the voxels.
@@ -222,28 +235,34 @@ class Recipe:
         if not self.classes:
             raise InputError(f"recipe {self.name}: it has no classes; list them or use `samlora prepare`")
         groups = self.values_in(names)
+        ignored = self._values_of(self.ignore, names)
         array = integers(array, f"recipe {self.name}: labels")
         low, high = int(array.min()), int(array.max())
         table = np.zeros(high - low + 1, np.uint8)
-        for index, values in enumerate(groups, start=1):
+        for index, values in [(IGNORE, ignored), *enumerate(groups, start=1)]:
             table[[value - low for value in values if low <= value <= high]] = index
         return table[array.astype(np.int32) - low if low else array]
 
     def values_in(self, names: Mapping[int, Sequence[str]] | None) -> list[list[int]]:
         """The values of each class in a label map that has these names. Raises InputError, as `map_labels`."""
-        groups = []
-        for values in self.label_values:
-            group: list[int] = []
-            for value in values:
-                if isinstance(value, int):
-                    group.append(value)
-                elif names:
-                    group += values_named(names, value)
-                else:
-                    advice = "the label map does not name its values; give numbers as classes"
-                    raise InputError(f"recipe {self.name}: the value of {value!r} is not known here: {advice}")
-            groups.append(group)
-        return groups
+        return [self._values_of(values, names) for values in self.label_values]
+
+    def _values_of(
+        self, values: Sequence[int | str], names: Mapping[int, Sequence[str]] | None
+    ) -> list[int]:
+        """Values, and names, as values in a label map that has these names."""
+        group: list[int] = []
+        for value in values:
+            if isinstance(value, int):
+                group.append(value)
+            elif names:
+                group += values_named(names, value)
+            else:
+                advice = "the label map does not name its values; give numbers"
+                raise InputError(
+                    f"recipe {self.name}: the value of {value!r} is not known here: {advice}"
+                )
+        return group
 
     def to_slices(self, volume: Volume) -> np.ndarray:
         """The volume's array (i, j, k) as slices (D, H, W): turned to `orientation`, cut along `slice_axis`.
@@ -396,6 +415,16 @@ class Recipe:
                     raise InputError(f"classes {used[value]} and {name} both have value {value}; choose one")
         if len(set(self.classes)) != len(self.classes):
             raise InputError(f"classes {self.classes}: a name occurs twice")
+        for value in self.ignore:
+            if type(value) not in (int, str) or value in (0, ""):
+                raise InputError(f"ignore {value!r}: whole numbers other than 0, or names, are needed")
+            if value in used:
+                raise InputError(f"ignore {value!r}: is a value of class {used[value]}; choose one")
+        if self.ignore and len(self.classes) >= IGNORE:
+            count = len(self.classes)
+            raise InputError(f"ignore: with {count} classes no value is left to store; {IGNORE - 1} fit")
+        if self.ignore and self.mask_threshold is not None:
+            raise InputError("ignore and mask_threshold are both set; soft masks have no such value")
 
 
 class _Loader(yaml.SafeLoader):

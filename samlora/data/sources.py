@@ -1,5 +1,6 @@
 """Cases as they come: their images as volumes, their labels as classes, and images that have no labels."""
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -23,7 +24,7 @@ from samlora.data.folders import (
     visible,
 )
 from samlora.data.grid import Volume, count_values, match_grid
-from samlora.data.label_tables import names_beside, plain
+from samlora.data.label_tables import Names, contradictions, names_beside, plain
 from samlora.data.layouts import IMAGE_FOLDERS, LABEL_FOLDERS, named_apart
 from samlora.data.pictures import PICTURES, is_lossy
 from samlora.data.recipe import Recipe
@@ -35,7 +36,7 @@ _MOST_CHANNELS = 8  # files numbered higher are slices or frames
 _NO_DICOM = tuple(ending for ending in VOLUMES if ending != ".dcm")
 _DISC_DEPTH = 4  # DICOM/PATIENT/STUDY/SERIES below a DICOMDIR
 _MANY = 20  # label values in a message
-_VOIDS = (255, 65535)  # the highest value of a type marks what nobody has labelled, where classes count from 1
+VOIDS = (255, 65535)  # the highest value of a type marks what nobody has labelled, where classes count from 1
 _MOST_COUNTED = 64  # classes that count from 1 are below it
 
 
@@ -117,7 +118,7 @@ def ignored_values(values: Iterable[int | str], ignored: Sequence[int] = ()) -> 
     """
     numbers = {value for value in values if isinstance(value, int) and value > 0}
     found = numbers & set(ignored)
-    for void in _VOIDS:
+    for void in VOIDS:
         others = numbers - {void} - found
         if void in numbers and len(others) > 1 and max(others) < _MOST_COUNTED:
             found.add(void)
@@ -177,7 +178,7 @@ def on_grid(label: Volume, image: Volume) -> Volume:
             f"{label.path}: {one} pixels (width x height), but its image {image.path} has {other}; "
             "save the mask at the image's size, by nearest neighbour"
         )
-    return dataclasses.replace(image, array=label.array, path=label.path)
+    return dataclasses.replace(image, array=label.array, path=label.path, names=label.names)
 
 
 def label_values(pair: Pair, threshold: float | None = None) -> dict[int | str, int]:
@@ -220,17 +221,34 @@ def resolve_classes(
     their own values stay, as every map may number them otherwise (`Recipe.map_labels`). A recipe without classes takes
     those of dataset.json, else the names of the masks, else what `values` finds in the label maps (by default
     `label_values` of one after the other): their own names, and one class for each value above 0 without one, named
-    label_VALUE; with a mask_threshold, the one class `foreground`. Values to be ignored are no classes.
+    label_VALUE; with a mask_threshold, the one class `foreground`. Values to be ignored are no classes: those that the
+    recipe lists, that dataset.json calls so, and of a recipe without classes 255 beside small ones.
     Raises InputError: a name or a structure that is not there, numbers for masks, no or too many values.
     """
+    recipe, voids = _with_classes(recipe, layout, values or (lambda pairs: map(label_values, pairs)))
+    if recipe.mask_threshold is not None or any(isinstance(pair.label, dict) for pair in layout.pairs):
+        return recipe  # masks mark nothing but what they show
+    listed = {value for group in recipe.label_values for value in group}
+    ignored = {*layout.ignored, *voids} - listed
+    return dataclasses.replace(recipe, ignore=recipe.ignore or tuple(sorted(ignored)))
+
+
+def _with_classes(
+    recipe: Recipe,
+    layout: Layout,
+    values: Callable[[Sequence[Pair]], Iterable[Iterable[int | str]]],
+) -> tuple[Recipe, set[int]]:
+    """The recipe with classes, as of `resolve_classes`, and the values found that mark voids."""
+    voids: set[int] = set()
     structures = sorted({name for pair in layout.pairs if isinstance(pair.label, dict) for name in pair.label})
     if recipe.classes and recipe.mask_threshold is not None and not structures:
         if recipe.num_classes > 1:
             known = f"{recipe.num_classes} classes ({few(recipe.classes)})"
             raise InputError(f"mask_threshold {recipe.mask_threshold:g}: makes one class of label maps, not {known}")
-        return dataclasses.replace(recipe, label_values=((1,),))
+        return dataclasses.replace(recipe, label_values=((1,),)), voids
     if recipe.classes and structures:
-        return _with_values(recipe, {name: (name,) for name in structures}, "masks", numbers=False)
+        known = {name: (name,) for name in structures}
+        return _with_values(recipe, known, "masks", numbers=False), voids
     if recipe.classes:
         known = {name: tuple(values) for name, values in layout.classes.items()}
         known = known or {name: (value,) for value, name in layout.names.items()}
@@ -240,7 +258,7 @@ def resolve_classes(
             # Where label maps have names of their own, the folder's serve those that have none (`read_label_map`).
             known = {name: values for name, values in known.items() if plain(name) not in own}
             known |= {name: (name,) for name in own.values()}
-        return _with_values(recipe, known, "labels", numbers=True)
+        return _with_values(recipe, known, "labels", numbers=True), voids
     if structures:
         classes = {name: (name,) for name in structures}
     elif recipe.mask_threshold is not None:
@@ -251,10 +269,10 @@ def resolve_classes(
         if len(set(listed)) != len(listed):
             raise InputError("dataset.json: its regions overlap; list the classes in a recipe (--dataset FILE.yaml)")
     else:
-        read = values or (lambda pairs: map(label_values, pairs))
-        found = {value for one in read(layout.pairs) for value in one}
+        found = {value for one in values(layout.pairs) for value in one}
         numbers = {value for value in found if isinstance(value, int) and value > 0}
-        numbers -= ignored_values(numbers, layout.ignored)
+        voids = ignored_values(numbers, layout.ignored)
+        numbers -= {*voids, *recipe.ignore}
         own = {}
         for name in sorted(value for value in found if isinstance(value, str)):
             own.setdefault(plain(name), name)
@@ -272,7 +290,8 @@ def resolve_classes(
             f"{where}: {len(classes)} different label values in its files, 1 to 255 can be used; list the classes in a "
             "recipe (--dataset FILE.yaml)"
         )
-    return dataclasses.replace(recipe, classes=tuple(classes), label_values=tuple(classes.values()))
+    labels = tuple(classes.values())
+    return dataclasses.replace(recipe, classes=tuple(classes), label_values=labels), voids
 
 
 def find_images(sources: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Pair]:
@@ -400,6 +419,53 @@ def _grouped(folder: Path, images: dict[str, Path]) -> list[Pair]:
     return [Pair(case, tuple(channels[tag] for tag in tags), None) for case, channels in cases.items()]
 
 
+def names_for_all(known: Mapping[int, str], files: Iterable[Path], advice: str) -> dict[int, str]:
+    """What the values of several label maps are called, each structure with one number for all.
+
+    Args:
+        known: value -> name, as given for all files; they keep their numbers.
+        files: the label maps; they may call their own values something, each for itself.
+        advice: what to do where a file without names cannot be understood.
+
+    Returns:
+        `known` and the names in the files. Where nothing is known and the files agree, their
+        numbers stay; otherwise a structure takes the smallest number that is free.
+
+    Raises:
+        InputError: files number structures differently, and one among them names none.
+    """
+    own = _own_tables(files)
+    tables = {path: table for path, table in own.items() if table}
+    if not tables:
+        return dict(known)
+    found = {
+        path: {value: names[0] for value, names in table.items()} for path, table in tables.items()
+    }
+    numbers: dict[str, set[int]] = {}
+    for table in found.values():
+        for value, name in table.items():
+            numbers.setdefault(plain(name), set()).add(value)
+    texts = contradictions({path.name: table for path, table in tables.items()})
+    alike = not texts and all(len(values) == 1 for values in numbers.values())
+    called = {
+        plain(name): name for table in reversed(found.values()) for name in table.values()
+    }
+    if not known and alike:
+        return {next(iter(values)): called[key] for key, values in numbers.items()}
+    if not known and len(tables) < len(own):
+        silent = next(path for path in own if path not in tables)
+        why = texts[0] if texts else f"{next(n for n in called.values())} has several numbers"
+        raise InputError(
+            f"{silent}: does not name its values, and the other files number theirs differently "
+            f"({why}); {advice}"
+        )
+    listed = set(map(plain, known.values()))
+    if listed and not listed & numbers.keys():
+        return dict(known)  # other words, perhaps of another language: only numbers compare
+    free = (n for n in range(1, 65536) if n not in known)
+    return dict(known) | {next(free): called[key] for key in sorted(called) if key not in listed}
+
+
 def folder_names(layout: Layout) -> dict[int, str]:
     """What a folder calls the values of label maps that do not name them themselves."""
     return dict(layout.names) or {group[0]: name for name, group in layout.classes.items() if len(group) == 1}
@@ -408,13 +474,20 @@ def folder_names(layout: Layout) -> dict[int, str]:
 def _own_structures(pairs: Sequence[Pair]) -> dict[str, str]:
     """What the label maps themselves call their structures: the name as it is compared -> as it is written first."""
     found: dict[str, str] = {}
-    for path in (pair.label for pair in pairs if isinstance(pair.label, Path)):
-        try:
-            names = read_label_names(path)
-        except InputError:
-            continue  # the file is named where it is read to be used
+    tables = _own_tables(pair.label for pair in pairs if isinstance(pair.label, Path))
+    for names in tables.values():
         for name in (name for group in names.values() for name in group):
             found.setdefault(plain(name), name)
+    return found
+
+
+def _own_tables(files: Iterable[Path]) -> dict[Path, Names]:
+    """What label maps call their own values, perhaps nothing; without files that cannot be read."""
+    found = {}
+    for path in dict.fromkeys(files):
+        # A broken file is named where it is read to be used.
+        with contextlib.suppress(InputError):
+            found[path] = read_label_names(path)
     return found
 
 

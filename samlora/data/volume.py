@@ -55,6 +55,8 @@ ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 # The endings of all files that can be read; a DICOM series is a folder, and its files need no ending.
 VOLUMES = (*NIFTI, *PAIRS, *FREESURFER, *ITK, ".dcm", *PICTURES, *ARRAYS)
 _WRITABLE = (*NIFTI, ".nrrd", ".mha", ".npy", ".png", ".tif", ".tiff", ".bmp")
+# Written into headers, which have no other way to say that sizes of 1 mm are no measurement.
+_UNKNOWN = {"has_spacing": "samlora: spacing unknown", "has_thickness": "samlora: thickness unknown"}
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -91,8 +93,6 @@ def read_volume(
     if not path.exists():
         raise MissingFileError(f"{path}: no such file or folder")
     volume = _read(path, labels, series, threshold)
-    if path.name.lower().endswith(ITK) and not _states_spacing(path):
-        volume.has_spacing = False
     array = volume.array
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
@@ -232,8 +232,10 @@ def _read_nifti(path: Path, kind: str, labels: bool) -> Volume:
         elif labels and file.get_data_dtype().kind in "iu":
             array = _unscaled_labels(array, file, path)
         header = file.header
+        thick = array.ndim > 2
         if not isinstance(header, nibabel.Nifti1Header):
-            return Volume(array, file.affine.astype(np.float64), 0, 1, None, str(path))
+            affine = file.affine.astype(np.float64)
+            return Volume(array, affine, 0, 1, None, str(path), has_thickness=thick)
         scale = {"meter": 1e3, "micron": 1e-3}.get(header.get_xyzt_units()[0], 1.0)
         to_mm = np.diag([scale, scale, scale, 1.0])
         codes = int(header["qform_code"]), int(header["sform_code"])
@@ -245,8 +247,11 @@ def _read_nifti(path: Path, kind: str, labels: bool) -> Volume:
         # 1 x 1 x 1 without a unit and without a place is what a header holds that nobody has filled in.
         bare = not any(codes) and header.get_xyzt_units()[0] == "unknown"
         known = not (bare and all(size == 1 for size in header.get_zooms()[:3]))
-        affine = to_mm @ file.affine
-        return Volume(array, affine, *codes, turned, str(path), has_spacing=known, names=names or None)
+        said = header["descrip"].item().decode("latin-1")
+        volume = Volume(array, to_mm @ file.affine, *codes, turned, str(path), names=names or None)
+        volume.has_spacing = known and said != _UNKNOWN["has_spacing"]
+        volume.has_thickness = thick and said != _UNKNOWN["has_thickness"]
+        return volume
 
 
 def _open_nifti(path: Path, kind: str, stack: contextlib.ExitStack):
@@ -305,9 +310,15 @@ def _write_nifti(volume: Volume, array: np.ndarray, path: Path) -> None:
     # nibabel sets the sform code to 2 on saving.
     file.header.set_qform(volume.affine if volume.qform is None else volume.qform, volume.qform_code)
     file.header.set_sform(volume.affine, volume.sform_code)
-    file.header.set_xyzt_units("mm")
+    file.header.set_xyzt_units("mm" if volume.has_spacing else "unknown")
+    file.header["descrip"] = _what_is_unknown(volume)
     with _lower_case(path) as lower:  # nibabel knows endings in lower case
         nibabel.save(file, lower)
+
+
+def _what_is_unknown(volume: Volume) -> str:
+    """The remark that a header of `volume` gets; "" where its voxels have a size."""
+    return next((text for name, text in _UNKNOWN.items() if not getattr(volume, name)), "")
 
 
 @contextlib.contextmanager
@@ -350,13 +361,16 @@ def _read_itk(path: Path, kind: str, labels: bool) -> Volume:
         array, names = label_tables.merge_layers(array, segments)
     elif segments:
         names = {one.value: (one.name,) for one in segments}
-    return Volume(array, _LPS_TO_RAS @ affine, 1, 1, None, str(path), names=names or None)
-
-
-def _states_spacing(path: Path) -> bool:
-    """Whether the header of an NRRD or MHA file says how large its voxels are; ITK takes 1 mm where it does not."""
+    volume = Volume(array, _LPS_TO_RAS @ affine, 1, 1, None, str(path), names=names or None)
     with open(path, "rb") as file:
         head = file.read(2**16)
+    volume.has_spacing = _states_spacing(head) and _UNKNOWN["has_spacing"].encode() not in head
+    volume.has_thickness = axes > 2 and _UNKNOWN["has_thickness"].encode() not in head
+    return volume
+
+
+def _states_spacing(head: bytes) -> bool:
+    """Whether the head of an NRRD or MHA file says how large its voxels are; ITK takes 1 mm where it does not."""
     if head.startswith(b"NRRD"):
         lines = head.replace(b"\r", b"").split(b"\n\n")[0].lower().splitlines()
         said = [line for line in lines if line.startswith((b"spacings:", b"space directions:"))]
@@ -378,5 +392,7 @@ def _write_itk(volume: Volume, array: np.ndarray, temporary: Path, path: str | o
     image.SetSpacing(volume.spacing)
     image.SetOrigin(affine[:3, 3].tolist())
     image.SetDirection(direction.ravel().tolist())
+    if unknown := _what_is_unknown(volume):
+        image.SetMetaData("comment", unknown)
     with _lower_case(temporary) as lower:
         SimpleITK.WriteImage(image, str(lower), useCompression=True)

@@ -8,7 +8,8 @@ import numpy as np
 
 from samlora.data.folders import Masks, folder_or_file
 from samlora.data.grid import Case, Volume, common_grid, count_values, match_grid, reorient, slice_order, transposed
-from samlora.data.label_tables import names_beside, plain
+from samlora.data.ignored import split_ignored
+from samlora.data.label_tables import names_beside, numbers_of
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_volume, stem
 from samlora.errors import InputError
@@ -48,6 +49,9 @@ class Job:
         if self.recipe is not None and isinstance(self.trio.reference, Path):
             try:
                 mapped = self.recipe.map_labels(reference.array, reference.names)
+                mapped, unlabelled = split_ignored(mapped, self.recipe.to_dict())
+                if unlabelled is not None:
+                    left_out = unlabelled if left_out is None else left_out | unlabelled
                 reference = dataclasses.replace(reference, array=mapped, names=None)
             except InputError as error:
                 raise InputError(f"{self.trio.path}: {error}") from None
@@ -89,7 +93,7 @@ class Job:
         table = np.arange(max(counts) + 1, dtype=np.uint16)
         for value in sorted(counts.keys() & volume.names.keys()):
             found = volume.names[value]
-            numbers = {number for name, number in self.values.items() if plain(name) in map(plain, found)}
+            numbers = numbers_of(found, self.values)
             if len(numbers) > 1:
                 both = " and ".join(found)
                 raise InputError(f"{volume.path}: {both} overlap; measure overlapping structures apart")
@@ -100,7 +104,8 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What came of a case. results: policy -> label -> measures. has_spacing: whether they are in mm.
+    """What came of a case. results: policy -> label -> measures. has_spacing: whether they are in mm. has_thickness:
+    whether there are volumes in ml.
 
     bare: the file of the two that says nothing about mm, where the other one does.
     """
@@ -109,6 +114,7 @@ class Measured:
     path: Path
     results: dict[str, dict[int, dict[str, float]]]
     has_spacing: bool
+    has_thickness: bool
     bare: str = ""
 
 
@@ -123,12 +129,15 @@ def measure(job: Job) -> Measured:
                 raise InputError(f"{volume.path}: {values} different values; {advice}")
     placed = [volume for volume in (prediction, reference) if volume.has_spacing]
     spacing = placed[0].spacing if placed else None
+    thick = all(volume.has_thickness for volume in (prediction, reference))
+    how = spacing, job.labels, job.tolerances, thick
     try:
-        results = evaluate_case(prediction.array, reference.array, spacing, job.labels, job.tolerances)
+        results = evaluate_case(prediction.array, reference.array, *how)
     except InputError as error:
         raise InputError(f"{prediction.path} and {reference.path}: {error}") from None
     bare = next((v.path for v in (prediction, reference) if not v.has_spacing), "") if placed else ""
-    return Measured(job.trio.name, job.trio.path, results, bool(placed), Path(bare).name if bare else "")
+    name = Path(bare).name if bare else ""
+    return Measured(job.trio.name, job.trio.path, results, bool(placed), thick, name)
 
 
 def draw(job: Job, labels: tuple[int, ...]) -> tuple[Frames, str]:

@@ -202,12 +202,19 @@ def _unit(measured: Sequence[Measured]) -> str:
 def _completed(measured: Sequence[Measured], unit: str, tolerances: Sequence[float]) -> dict[str, dict]:
     """policy -> case -> label -> measures, with every label that occurs anywhere in every case."""
     labels = sorted({label for one in measured for label in one.results["strict"]})
-    nothing = np.zeros((2, 2, 2), np.uint8)
-    absent = evaluate_case(nothing, nothing, (1, 1, 1) if unit == "mm" else None, labels, tolerances)
-    return {
-        policy: {one.name: {n: one.results[policy].get(n, absent[policy][n]) for n in labels} for one in measured}
-        for policy in POLICIES
+    nothing = np.zeros((2, 2, 1), np.uint8)
+    spacing = (1, 1, 1) if unit == "mm" else None
+    absent = {
+        thick: evaluate_case(nothing, nothing, spacing, labels, tolerances, thick)
+        for thick in (True, False)
     }
+    results: dict[str, dict] = {}
+    for policy in POLICIES:
+        results[policy] = {}
+        for one in measured:
+            without = absent[one.has_thickness][policy]
+            results[policy][one.name] = {n: one.results[policy].get(n, without[n]) for n in labels}
+    return results
 
 
 def _notes(matched: Matched, measured: Sequence[Measured]) -> list[str]:

@@ -152,12 +152,14 @@ def evaluate_case(
     spacing: Sequence[float] | None,
     labels: Sequence[int] | None = None,
     tolerances: Sequence[float] = (2.0,),
+    has_thickness: bool = True,
 ) -> dict[str, dict[int, dict[str, float]]]:
     """What `evaluate` says under every policy, for a volume (D, H, W) or a picture stored as one of one slice.
 
     A volume with an axis of length 1 is measured as the picture that it is: its outline, not its two faces, is the
     surface. spacing: as for `evaluate`; None where nothing is known about mm: distances and tolerances are then
-    in pixels (`nsd_1px`), and there are no ml (NaN). tolerances: the first is that of `nsd`.
+    in pixels (`nsd_1px`), and there are no ml (NaN). tolerances: the first is that of `nsd`. has_thickness: False for a
+    picture whose slice has none; there are no ml then either.
     Returns policy -> label -> measures. Raises InputError as `evaluate` does.
     """
     pred, gt = np.asarray(pred), np.asarray(gt)
@@ -167,7 +169,7 @@ def evaluate_case(
     maps = (pred, gt) if pred.shape != gt.shape else (np.squeeze(pred, flat), np.squeeze(gt, flat))
     sides = tuple(s for axis, s in enumerate(step) if axis not in flat)
     strict = evaluate(*maps, sides, labels, "strict", first, tolerances_mm=more)
-    if flat and spacing is not None:
+    if flat and spacing is not None and has_thickness:
         thick = evaluate(pred, gt, step, list(strict), distances=False)
         for label, values in strict.items():
             values |= {name: thick[label][name] for name in VOLUMES}

@@ -2,16 +2,15 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from samlora.data.findings import few
 from samlora.data.folders import Layout, Pair
-from samlora.data.label_tables import IGNORED, contradictions, plain
+from samlora.data.label_tables import IGNORED, plain
 from samlora.data.recipe import Recipe
-from samlora.data.sources import resolve_classes
-from samlora.data.volume import read_label_names
+from samlora.data.sources import VOIDS, ignored_values, names_for_all, resolve_classes
 from samlora.errors import InputError, MissingFileError
 from samlora.evaluation.matching import Matched
 from samlora.files import read_text
@@ -52,6 +51,8 @@ def find_names(
         known = {name: [value] for value, name in read_names(beside[0]).items()} if beside else {}
         pairs = [Pair(trio.name, (), trio.reference) for trio in matched.trios]
         recipe = resolve_classes(recipe, Layout("", pairs, known, (), []))
+        listed = [value for group in recipe.label_values for value in group]
+        ignored = tuple(sorted({*ignored, *_voids(listed), *_numbers(recipe.ignore)}))
         classes = dict(enumerate(recipe.classes, start=1))
         values = {str(value): n for n, group in enumerate(recipe.label_values, start=1) for value in group}
         values |= {name: n for n, name in classes.items()}
@@ -64,6 +65,7 @@ def find_names(
         known = read_names(source)
     else:
         known = {}
+    ignored = tuple(sorted({*ignored, *_voids(known)}))
     known = {value: name for value, name in known.items() if value not in ignored}
     structures = sorted({name for trio in matched.trios for name in trio.structures})
     sides = [side for trio in matched.trios for side in (trio.prediction, trio.reference)]
@@ -72,7 +74,8 @@ def find_names(
             raise InputError(f"--names: is needed to know which value in the label maps is {few(structures)}")
         known = dict(enumerate(structures, start=1))
     if not structures:
-        known = _with_own_names(known, [side for side in sides if isinstance(side, Path)])
+        files = [side for side in sides if isinstance(side, Path)]
+        known = names_for_all(known, files, "give --names")
     values = {name: value for value, name in known.items()}
     unknown = [name for name in structures if name not in values]
     if unknown:
@@ -80,36 +83,14 @@ def find_names(
     return Called(known, values, None, source, ignored)
 
 
-def _with_own_names(known: dict[int, str], files: Sequence[Path]) -> dict[int, str]:
-    """`known` and what the label files call their own values, each structure with one number for all files.
+def _voids(listed: Iterable[int | str]) -> set[int]:
+    """Values that mark what nobody has labelled, beside the values that are known to be classes."""
+    classes = set(_numbers(listed))
+    return {void for void in VOIDS if void in ignored_values({*classes, void}) - classes}
 
-    Raises InputError where they number structures differently and a file that has no names stands among them.
-    """
-    files = list(dict.fromkeys(files))
-    tables = {path: table for path in files if (table := read_label_names(path))}
-    if not tables:
-        return known
-    found = {path: {value: names[0] for value, names in table.items()} for path, table in tables.items()}
-    numbers: dict[str, set[int]] = {}
-    for table in found.values():
-        for value, name in table.items():
-            numbers.setdefault(plain(name), set()).add(value)
-    texts = contradictions({path.name: table for path, table in tables.items()})
-    alike = not texts and all(len(values) == 1 for values in numbers.values())
-    called = {plain(name): name for table in reversed(found.values()) for name in table.values()}
-    if not known and alike:
-        return {next(iter(values)): called[key] for key, values in numbers.items()}
-    if not known and len(tables) < len(files):
-        silent = next(path for path in files if path not in tables)
-        why = texts[0] if texts else f"{next(n for n in called.values())} has several numbers"
-        raise InputError(
-            f"{silent}: does not name its values, and the other files number theirs differently ({why}); give --names"
-        )
-    listed = set(map(plain, known.values()))
-    if listed and not listed & numbers.keys():
-        return known  # other words, perhaps of another language: only the numbers can be compared
-    free = (n for n in range(1, 65536) if n not in known)
-    return known | {next(free): called[key] for key in sorted(called) if key not in listed}
+
+def _numbers(values: Iterable[int | str]) -> list[int]:
+    return [value for value in values if isinstance(value, int)]
 
 
 def ignored_labels(path: Path) -> tuple[int, ...]:

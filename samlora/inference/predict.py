@@ -359,7 +359,8 @@ def _predict_one(job: _Job, segmenter: Segmenter, postprocess: Postprocess | Non
     written, not_written = _write(job, labels, names)
     _draw(job, case, stack, names)
     seconds = time.perf_counter() - began
-    unit, size = ("ml", np.prod(labels.spacing) / 1000) if labels.has_spacing else ("pixels", 1)
+    has_volume = labels.has_spacing and labels.has_thickness
+    unit, size = ("ml", np.prod(labels.spacing) / 1000) if has_volume else ("pixels", 1)
     counts = np.bincount(labels.array.ravel(), minlength=max(names, default=0) + 1)
     found = {name: float(counts[label] * size) for label, name in names.items()}
     record = {

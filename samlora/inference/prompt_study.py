@@ -156,7 +156,9 @@ def measure_case(predictor: "Predictor", case: Case, config: PromptStudyConfig) 
         predictor.select(index)
         found = objects(case.label[index], config.min_pixels, parts=False)
         truths = np.stack([mask for _, mask in found])
-        for kind, amount, dices in _measured(predictor, truths, [label for label, _ in found], case.name, config):
+        counted = True if case.ignored is None else ~case.ignored[index]
+        shown = truths, [label for label, _ in found], case.name, config, counted
+        for kind, amount, dices in _measured(predictor, *shown):
             asked += [
                 Asked(case.name, index, label, int(mask.sum()), kind, amount, float(dice))
                 for (label, mask), dice in zip(found, dices)
@@ -165,13 +167,18 @@ def measure_case(predictor: "Predictor", case: Case, config: PromptStudyConfig) 
 
 
 def click_through(
-    predictor: "Predictor", truths: np.ndarray, clicks: int, goes_on: bool
+    predictor: "Predictor",
+    truths: np.ndarray,
+    clicks: int,
+    goes_on: bool,
+    counted: np.ndarray | bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Clicks objects of the current slice, all of them in one call a turn, until they have `clicks` each.
 
     truths: (P, H, W) bool. goes_on: the logits of the answer before go in as mask prompt. Of a first click the best of
     three masks is taken, by the model's own score, as far as the decoder that has them was not trained on one alone: as
-    `Predictor.click` does. An object whose mask is perfect gets no more clicks. Returns masks (clicks, P, H, W) bool,
+    `Predictor.click` does. An object whose mask is perfect gets no more clicks. counted: (H, W) bool, false where
+    the label is ignored: masks are empty there, and nobody clicks there. Returns masks (clicks, P, H, W) bool,
     and how many clicks each object got, (P,).
     """
     from samlora.data.prompts import next_click
@@ -197,7 +204,8 @@ def click_through(
                 multimask=predictor.knows_three and not turn,
             )
             best = range(len(active)), answer.scores.argmax(axis=1)
-            masks[active], logits[active, 0] = answer.masks[best], answer.logits[best]
+            masks[active] = answer.masks[best] & counted
+            logits[active, 0] = answer.logits[best]
         drawn.append(masks.copy())
     return np.stack(drawn), np.array([len(of_object) for of_object in points])
 
@@ -222,24 +230,33 @@ def labelled(path: Path, adapter: str | None, spec: "Spec") -> Case:
 
 
 def _measured(
-    predictor: "Predictor", truths: np.ndarray, labels: Sequence[int], name: str, config: PromptStudyConfig
+    predictor: "Predictor",
+    truths: np.ndarray,
+    labels: Sequence[int],
+    name: str,
+    config: PromptStudyConfig,
+    counted: np.ndarray | bool,
 ) -> list[tuple[str, int, np.ndarray]]:
-    """(kind, amount, Dice (P,)) of every prompt on the current slice."""
+    """(kind, amount, Dice (P,)) of every prompt on the current slice; counted: as of `click_through`."""
     from samlora.data.prompts import jittered_box
 
     found = []
     if predictor.row.automatic:
         drawn = predictor.classes()
-        found.append((figures.AUTOMATIC, 0, dice_of(drawn == np.array(labels)[:, None, None], truths)))
+        drawn = (drawn == np.array(labels)[:, None, None]) & counted
+        found.append((figures.AUTOMATIC, 0, dice_of(drawn, truths)))
     if not predictor.row.promptable:
         return found
-    turns, _ = click_through(predictor, truths, config.clicks[-1], _goes_on(predictor, config))
+    turns, _ = click_through(
+        predictor, truths, config.clicks[-1], _goes_on(predictor, config), counted
+    )
     found += [(figures.CLICKS, turn, dice_of(masks, truths)) for turn, masks in enumerate(turns, start=1)]
     if config.boxes:
         # From the case and the slice alone, so that no answer depends on what else is measured.
         generator = np.random.default_rng([config.seed, zlib.crc32(name.encode()), predictor.index])
         boxes = [jittered_box(truth, pixels, generator) for pixels in config.boxes for truth in truths]
-        masks = predictor.predict(box=predictor.whole_pixels(np.array(boxes))).masks[:, 0].reshape(len(config.boxes), *truths.shape)
+        answered = predictor.predict(box=predictor.whole_pixels(np.array(boxes))).masks[:, 0]
+        masks = answered.reshape(len(config.boxes), *truths.shape) & counted
         found += [(figures.BOX, pixels, dice_of(of_box, truths)) for pixels, of_box in zip(config.boxes, masks)]
     return found
 

@@ -93,7 +93,17 @@ def test(config: TestConfig) -> dict[str, dict]:
         if postprocess is not None:
             prediction = postprocess(prediction, case.spacing)
         seconds = time.perf_counter() - began
-        for policy, measures in evaluate_case(prediction, case.label, case.spacing, list(names)).items():
+        drawn = prediction
+        if case.ignored is not None:
+            prediction = np.where(case.ignored, prediction.dtype.type(0), prediction)
+        measured = evaluate_case(
+            prediction,
+            case.label,
+            case.spacing,
+            list(names),
+            has_thickness=case.has_thickness,
+        )
+        for policy, measures in measured.items():
             results[policy][case.name] = measures
         measures, in_mm = results[config.metric_policy][case.name], in_mm and case.spacing is not None
         draw = functools.partial(draw_frames, to_show(case.image), case.label, prediction, **case.display)
@@ -106,7 +116,7 @@ def test(config: TestConfig) -> dict[str, dict]:
         picture = out / "overlays" / f"{case.name}.png"
         contact_sheet(to_show(case.image), case.label, prediction, picture, names, **case.display)
         if config.is_savenii:
-            save_nifti(case, prediction, out / "predictions")
+            save_nifti(case, drawn, out / "predictions")
     summaries = {policy: summarise(cases) for policy, cases in results.items()}
     write_metrics_csv(out / "metrics.csv", results, names)
     about = {

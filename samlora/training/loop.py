@@ -111,7 +111,7 @@ def train_in(
         plan.rank,
         plan.ranks,
     )
-    loader = read_batches(slices, batches, worker_count(config, fabric.device), bad, spec.num_classes)
+    loader = read_batches(slices, batches, worker_count(config, fabric.device), bad, spec)
     with together(fabric):
         facts = announce(run, config, data, model, plan, state.step, fabric.device, precision)
         run.describe(facts)
@@ -189,7 +189,7 @@ def read_slices(config: TrainConfig, data: Data, model: nn.Module, fabric) -> Sl
         decoded = shared_on_disk(fabric, lambda: SliceCache(config.cache_samples, data.train))
     with together(fabric):
         if system_row(model.spec.system).volumetric:
-            return PatchDataset(data.train, config.seed, model.roi, augment, decoded)
+            return PatchDataset(data.train, config.seed, model.roi, augment, decoded, recipe=data.recipe)
         if model.chunk > 1:
             return ChunkDataset(data.train, data.shown, config.seed, model.chunk, augment, decoded)
         return SliceDataset(data.train, config.seed, augment, decoded)

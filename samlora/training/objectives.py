@@ -10,6 +10,7 @@ from torch import Tensor
 
 from samlora.data.batch import make_batch, make_targets
 from samlora.data.dataset import Sample
+from samlora.data.ignored import ignores
 from samlora.data.patches import patch_batch
 from samlora.engine import sum_over_processes
 from samlora.errors import InputError
@@ -52,6 +53,7 @@ class Objective:
     def __init__(self, config: TrainConfig, model: Sam | Baseline, prompting: Prompting):
         self.config, self.prompting, self.spec = config, prompting, model.spec
         self.row, self.chunk = system_row(model.spec.system), model.chunk
+        self.ignore = ignores(model.spec.recipe)
         self.low, self.fill, self.pixels = model.logit_side, model.fill, model.spec.pixels
 
     def __call__(
@@ -80,7 +82,9 @@ class Classes(Objective):
     def __call__(self, model, batch, own, total, kept=None):
         images, labels = self._inputs(model, batch, kept)
         logits = model(images) if kept is None else model(None, embeddings=kept)
-        loss, ce, dice = dice_ce(logits[:own], labels[:own], self.config.dice_param, total)
+        loss, ce, dice = dice_ce(
+            logits[:own], labels[:own], self.config.dice_param, total, self.ignore
+        )
         return Losses(loss, {"loss_ce": ce, "loss_dice": dice}, _finite(logits))
 
 
@@ -94,8 +98,8 @@ class Patches(Classes):
 class Masks(Objective):
     """One mask for each prompt: Dice with squared denominators and cross-entropy, each mask counting alike.
 
-    MONAI's DiceCELoss(sigmoid=True, squared_pred=True) over single masks, as Sam_LoRA and MedSAM train. Padding does
-    not count.
+    MONAI's DiceCELoss(sigmoid=True, squared_pred=True) over single masks, as Sam_LoRA and MedSAM train. Padding and
+    what is ignored do not count.
     """
 
     parts = ("loss_dice", "loss_bce")
@@ -120,7 +124,16 @@ class Masks(Objective):
     ) -> Objects:
         """What the prompts of this batch ask for, on the model's device."""
         device, (asked, later) = next(model.parameters()).device, in_turn(self.prompting)
-        objects = draw_objects(batch, asked, self.spec.image_size, self.pixels, self.config.seed, device, self.low)
+        objects = draw_objects(
+            batch,
+            asked,
+            self.spec.image_size,
+            self.pixels,
+            self.config.seed,
+            device,
+            self.low,
+            self.spec.recipe,
+        )
         if later:
             with torch.no_grad():
                 masks = model(images, objects.prompts, kept, details=True).masks[:, 0]
@@ -132,7 +145,7 @@ class Masks(Objective):
         """For every part of the loss its value for each mask, (P,)."""
         logits = masks.float().masked_fill(~objects.inside, _NOTHING)
         bce = F.binary_cross_entropy_with_logits(logits, objects.targets, reduction="none")
-        return [self._dice(logits, objects.targets), bce.sum((1, 2)) / objects.inside.sum((1, 2))]
+        return [self._dice(logits, objects.targets), bce.sum((1, 2)) / objects.pixels]
 
     def _dice(self, logits: Tensor, targets: Tensor) -> Tensor:
         return self._dice_loss(logits[:, None], targets[:, None]).flatten()
@@ -156,7 +169,7 @@ class FocalDiceIoU(Masks):
         logits = masks.float().masked_fill(~objects.inside, _NOTHING)
         focal = self._focal_loss(logits[:, None], objects.targets[:, None])[:, 0]
         error = _iou_error(logits, iou, objects)
-        return [focal.sum((1, 2)) / objects.inside.sum((1, 2)), self._dice(logits, objects.targets), error]
+        return [focal.sum((1, 2)) / objects.pixels, self._dice(logits, objects.targets), error]
 
     def _sum(self, parts):
         return 20 * parts["loss_focal"] + parts["loss_dice"] + parts["loss_iou"]
@@ -180,7 +193,9 @@ class Joint(Masks):
         images, labels = self._inputs(model, batch, kept)
         objects = self._objects(model, batch, images, kept)
         answer = model(images, objects.prompts, kept, details=True)
-        loss, ce, dice = dice_ce(answer.classes[:own], labels[:own], self.config.dice_param, total)
+        loss, ce, dice = dice_ce(
+            answer.classes[:own], labels[:own], self.config.dice_param, total, self.ignore
+        )
         each = self._each(answer.masks[:, 0], answer.iou[:, 0], objects)
         prompted = sum(_mean_of_masks(each, objects.counts(own), total))
         ratio = self.config.prompt_ratio

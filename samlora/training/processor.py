@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samlora.data.dataset import find_slices
+from samlora.data.dataset import find_slices, read_recipe
 from samlora.data.frame import Frame
 from samlora.data.given import check_mask, check_picture, kind_of
+from samlora.data.ignored import split_ignored
 from samlora.data.layouts import Layout, find_pairs
 from samlora.data.parts import drop_small_parts
 from samlora.data.plan import plan
@@ -135,7 +136,16 @@ def _pictures(source: Path, recipe: Recipe | str | os.PathLike | None) -> tuple[
     if list(source.glob("*.npz")) or (source / "train_npz").is_dir():
         if recipe is not None:
             raise InputError(f"{source}: its slices are prepared, no recipe applies to them; leave recipe out")
-        return None, [(item.name, item.read) for item in find_slices(source)]
+        made = read_recipe(source)
+
+        def slice_reader(item):
+            def read() -> tuple[np.ndarray, np.ndarray]:
+                image, label = item.read()
+                return image, split_ignored(label, None if made is None else made.to_dict())[0]
+
+            return read
+
+        return None, [(item.name, slice_reader(item)) for item in find_slices(source)]
     used, layout = _recipe_for(source, recipe)
 
     def reader(pair):

@@ -9,9 +9,11 @@ import torch
 
 from samlora.data.chunks import ChunkDataset
 from samlora.data.dataset import Batches, Sample, SliceDataset, SliceFile
+from samlora.data.ignored import split_ignored
 from samlora.data.patches import PatchDataset
 from samlora.engine import gathered
 from samlora.errors import InputError
+from samlora.model.checkpoint import Spec
 from samlora.training.stop import SIGNALS
 
 Slices = SliceDataset | ChunkDataset | PatchDataset
@@ -89,11 +91,11 @@ class BadSamples:
 
 
 def read_batches(
-    dataset: Slices, batches: Batches, workers: int, bad: BadSamples, num_classes: int
+    dataset: Slices, batches: Batches, workers: int, bad: BadSamples, spec: Spec
 ) -> Iterator[list[Sample]]:
     """Lists of samples, read by worker processes in the order of `batches`; closing the generator ends these.
 
-    Raises InputError for a file that cannot be read or holds other labels than 0..num_classes.
+    Raises InputError for a file that cannot be read or holds other labels than those of `spec`, 0..num_classes.
     """
     loader = torch.utils.data.DataLoader(
         Reader(dataset, bad.skip),
@@ -115,9 +117,10 @@ def read_batches(
                         f"{Path(read.problems[0][0]).parent}: no slice in it can be read; prepare it again"
                     )
                 for sample in read.samples:
-                    if sample.label.max() > num_classes:
+                    if split_ignored(sample.label, spec.recipe)[0].max() > spec.num_classes:
                         raise InputError(
-                            f"{sample.name}: its labels went beyond 0..{num_classes} during training; prepare it again"
+                            f"{sample.name}: its labels went beyond 0..{spec.num_classes} during training; "
+                            "prepare it again"
                         )
                 samples += read.samples
             yield samples

@@ -15,13 +15,13 @@ from samlora.data.dataset import (
     Contents,
     SliceFile,
     check_slices,
-    data_folder,
     find_slices,
     fingerprint,
+    read_recipe,
     split_cases,
 )
+from samlora.data.ignored import split_ignored
 from samlora.data.patches import stacks
-from samlora.data.recipe import Recipe
 from samlora.device import pick_device
 from samlora.engine import launch, together
 from samlora.errors import InputError
@@ -78,7 +78,8 @@ def load_data(config: TrainConfig) -> Data:
     if config.root_path is None:
         raise InputError("--root_path is missing; give the folder of prepared data (samlora prepare makes one)")
     slices = find_slices(config.root_path, config.list_dir)
-    recipe = _recipe(config)
+    recipe = read_recipe(config.root_path)
+    made_by = None if recipe is None else recipe.to_dict()
     known = None if recipe is None else recipe.num_classes
     if config.num_classes and known and config.num_classes != known:
         raise InputError(
@@ -94,7 +95,7 @@ def load_data(config: TrainConfig) -> Data:
         _check_stacks(train, val, config)
     looked_at = (*train, *val) if skip else () if row.automatic else train
     with ThreadPoolExecutor(4) as pool:
-        shows, shown = dict(zip(looked_at, pool.map(_shows, looked_at))), train
+        shows, shown = dict(zip(looked_at, pool.map(lambda item: _shows(item, made_by), looked_at))), train
     if not row.automatic:
         shown = [item for item in train if shows[item] is not False]  # of an empty slice no prompt can be drawn
         if not shown:
@@ -103,9 +104,9 @@ def load_data(config: TrainConfig) -> Data:
         train = shown
     usable = [[item for item in part if not skip or shows[item] is not None] for part in (train, val)]
     # Where none can be read, the check names the first.
-    contents = check_slices(usable[0] or train, num_classes)
+    contents = check_slices(usable[0] or train, num_classes, recipe=made_by)
     if val:
-        check_slices(usable[1] or val, num_classes)
+        check_slices(usable[1] or val, num_classes, recipe=made_by)
     names = tuple(recipe.classes) if known else None
     prints = ["" if skip and shows[item] is None else fingerprint([item]) for item in (*train, *val)]
     return Data(
@@ -114,7 +115,7 @@ def load_data(config: TrainConfig) -> Data:
         val,
         num_classes,
         names,
-        None if recipe is None else recipe.to_dict(),
+        made_by,
         contents,
         torch.tensor([int(p[:15] or "0", 16) for p in prints], dtype=torch.int64),
         hashlib.sha256("".join(prints).encode()).hexdigest(),
@@ -133,21 +134,12 @@ def _check_stacks(train: list[SliceFile], val: list[SliceFile], config: TrainCon
     stacks(val)
 
 
-def _shows(item: SliceFile) -> bool | None:
+def _shows(item: SliceFile, recipe: Mapping | None) -> bool | None:
     """Whether a slice shows any class, None where it cannot be read."""
     try:
-        return bool(item.read()[1].any())
+        return bool(split_ignored(item.read()[1], recipe)[0].any())
     except InputError:
         return None
-
-
-def _recipe(config: TrainConfig) -> Recipe | None:
-    """The recipe beside the data, if any: published data have none."""
-    folder = data_folder(config.root_path, "train_npz", "--root_path")
-    for place in (folder, folder.parent):
-        if (place / "recipe.yaml").is_file():
-            return Recipe.load(place / "recipe.yaml")
-    return None
 
 
 def load_system(config: TrainConfig, data: Data) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import nn
 
 from samlora.data.dataset import SliceFile, read_geometry
 from samlora.data.grid import Case, to_show
+from samlora.data.ignored import split_ignored
 from samlora.data.patches import place
 from samlora.engine import gathered, together
 from samlora.errors import InputError
@@ -43,8 +44,15 @@ def validate(
             parts = stacked(model, cases[number], bad)
             if not parts:
                 continue
-            found = [answers(model, *part, prompting, fabric.device, dtype) for part in parts]
-            truth, mine[number] = _joined([truth for _, truth in parts]), {}
+            found, truths = [], []
+            for images, stored in parts:
+                truth, ignored = split_ignored(stored, spec.recipe)
+                of_part = answers(model, images, truth, prompting, fabric.device, dtype)
+                if ignored is not None:
+                    of_part = {way: np.where(ignored, 0, of_part[way]) for way in of_part}
+                found.append(of_part)
+                truths.append(truth)
+            truth, mine[number] = _joined(truths), {}
             for way in found[0]:
                 labelled = _joined([of_part[way] for of_part in found])
                 measures = evaluate(labelled, truth, (1, 1, 1), labels, distances=False)
@@ -131,6 +139,7 @@ def preview(
     if not parts:
         return
     images, truths = max(parts, key=lambda part: np.count_nonzero(part[1]))  # of several sizes the one that shows most
+    truths, _ = split_ignored(truths, model.spec.recipe)
     # Of a case of many slices only those that are drawn are predicted, unless the model sees slices together.
     alone = not system_row(model.spec.system).volumetric and model.chunk == 1
     shown = informative_slices(truths, SHOWN, len(truths)) if alone else range(len(truths))

@@ -42,8 +42,8 @@ def demo(output: Path, seed: int) -> Path:
     segment_by_boxes(patients, boxes)
 
     names = [f"case{number:04d}" for number in TEST_CASES]
-    _step(3, f"samlora prepare {patients} -o {data} --dataset synapse --test_cases {' '.join(names)}")
-    print(prepare(patients, data, "synapse", test_cases=names))
+    _step(3, f"samlora prepare {patients} -o {data} --dataset demo --test_cases {' '.join(names)}")
+    print(prepare(patients, data, "demo", test_cases=names))
 
     config = "demo" if is_available("lite_medsam") else "demo_vit_ti"
     _step(4, f"samlora train --config {config} --root_path {data} --output {output / 'run'}")
@@ -87,12 +87,13 @@ def segment_by_boxes(patients: Path, output: Path) -> None:
     reference.mkdir(parents=True)
     for number in TEST_CASES:
         shutil.copy(patients / "label" / f"label{number:04d}.nii.gz", reference)
+    names = dict(zip(BTCV_IDS, ORGANS))
+    (reference / "labels.json").write_text(json.dumps(names))
     shown = " ".join(map(str, images))
     _step(2, f"samlora predict {shown} -o {output / 'masks'} --boxes_from {reference} --overlay png")
     options = {"output": str(output / "masks"), "boxes_from": str(reference), "overlay": "png", "precision": "auto"}
     predict(images, make(PredictConfig, options))
     print(f"\nsamlora evaluate {output / 'masks'} {reference} -o {output / 'result'}", flush=True)
-    names = dict(zip(BTCV_IDS, ORGANS))
     print(evaluate_folders(output / "masks", reference, output / "result", names=names, images=patients / "img"))
 
 

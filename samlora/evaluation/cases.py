@@ -39,28 +39,35 @@ class Job:
     tolerances: tuple[float, ...]
     ignored: tuple[int, ...] = ()
 
-    def read(self) -> tuple[Volume, Volume]:
-        """Prediction and reference on one grid. Raises InputError naming the file that cannot be used."""
+    def read(self) -> tuple[Volume, Volume, set[int]]:
+        """Prediction and reference on one grid, and the values of voxels of the reference that are not measured.
+
+        Raises InputError naming the file that cannot be used.
+        """
         soft = self.recipe.mask_threshold if self.recipe is not None and self.threshold is None else self.threshold
         reference = self._label_map(self.trio.reference, soft)
         left_out = np.isin(reference.array, self.ignored) if self.ignored and soft is None else None
+        ignored: set[int] = set()
         if left_out is not None:
+            ignored |= set(np.unique(reference.array[left_out]).tolist())
             reference.array = np.where(left_out, reference.array.dtype.type(0), reference.array)
         if self.recipe is not None and isinstance(self.trio.reference, Path):
             try:
                 mapped = self.recipe.map_labels(reference.array, reference.names)
                 mapped, unlabelled = split_ignored(mapped, self.recipe.to_dict())
                 if unlabelled is not None:
+                    ignored |= set(np.unique(reference.array[unlabelled]).tolist())
                     left_out = unlabelled if left_out is None else left_out | unlabelled
                 reference = dataclasses.replace(reference, array=mapped, names=None)
             except InputError as error:
                 raise InputError(f"{self.trio.path}: {error}") from None
         if self.trio.prediction is None:
-            return dataclasses.replace(reference, array=np.zeros_like(reference.array)), reference
+            empty = dataclasses.replace(reference, array=np.zeros_like(reference.array))
+            return empty, reference, ignored
         prediction, reference = _on_one_grid(self._label_map(self.trio.prediction, self.threshold, True), reference)
         if left_out is not None:
             prediction.array = np.where(left_out, prediction.array.dtype.type(0), prediction.array)
-        return prediction, reference
+        return prediction, reference, ignored
 
     def _label_map(self, side: Path | Masks, threshold: float | None, predicted: bool = False) -> Volume:
         """A label map, structures that it names numbered as they are here; or made of masks, which must not overlap."""
@@ -107,7 +114,8 @@ class Measured:
     """What came of a case. results: policy -> label -> measures. has_spacing: whether they are in mm. has_thickness:
     whether there are volumes in ml.
 
-    bare: the file of the two that says nothing about mm, where the other one does.
+    bare: the file of the two that says nothing about mm, where the other one does. ignored: the values of voxels
+    of the reference that were not measured.
     """
 
     name: str
@@ -116,11 +124,12 @@ class Measured:
     has_spacing: bool
     has_thickness: bool
     bare: str = ""
+    ignored: frozenset[int] = frozenset()
 
 
 def measure(job: Job) -> Measured:
     """Measures a case under every policy."""
-    prediction, reference = job.read()
+    prediction, reference, ignored = job.read()
     if job.labels is None:
         for volume in (prediction, reference):
             values = len(count_values(volume.array))
@@ -137,12 +146,12 @@ def measure(job: Job) -> Measured:
         raise InputError(f"{prediction.path} and {reference.path}: {error}") from None
     bare = next((v.path for v in (prediction, reference) if not v.has_spacing), "") if placed else ""
     name = Path(bare).name if bare else ""
-    return Measured(job.trio.name, job.trio.path, results, bool(placed), thick, name)
+    return Measured(job.trio.name, job.trio.path, results, bool(placed), thick, name, frozenset(ignored))
 
 
 def draw(job: Job, labels: tuple[int, ...]) -> tuple[Frames, str]:
     """The pictures of a case, with `labels` as classes 1, 2, ..., and a note where its image could not be used."""
-    prediction, reference = job.read()
+    prediction, reference, _ = job.read()
     stacks, note = [None], ""
     axis = _slice_axis(reference)
     if job.trio.image is not None:

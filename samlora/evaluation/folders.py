@@ -141,8 +141,9 @@ def evaluate_folders(
     unread = [path for folder in (Path(prediction), Path(reference)) if folder.is_dir() for path in _unread(folder)]
     notes = not_read_note(unread) + _notes(matched, measured)
     notes += _one_sided(results["strict"], names) + [note for _, note in drawn if note]
-    if called.ignored:
-        notes.append(f"voxels with value {' '.join(map(str, called.ignored))} in a reference are not measured (ignore)")
+    ignored = sorted(set().union(*(one.ignored for one in measured)))
+    if ignored:
+        notes.append(f"voxels with value {' '.join(map(str, ignored))} in a reference are not measured (ignore)")
     result = Evaluation(output, results, summaries, names, policy, unit, tolerances, notes)
     about = {
         "command": _COMMAND,

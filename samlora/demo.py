@@ -42,8 +42,8 @@ def demo(output: Path, seed: int) -> Path:
     segment_by_boxes(patients, boxes)
 
     names = [f"case{number:04d}" for number in TEST_CASES]
-    _step(3, f"samlora prepare {patients} -o {data} --dataset demo --test_cases {' '.join(names)}")
-    print(prepare(patients, data, "demo", test_cases=names))
+    _step(3, f"samlora prepare {patients} -o {data} --dataset demo_abdomen --test_cases {' '.join(names)}")
+    print(prepare(patients, data, "demo_abdomen", test_cases=names))
 
     config = "demo" if is_available("lite_medsam") else "demo_vit_ti"
     _step(4, f"samlora train --config {config} --root_path {data} --output {output / 'run'}")

@@ -119,7 +119,8 @@ def test_where_masks_overlap_the_surest_wins(scans, predictor):
     predictor.set_image(scans / "one.nii.gz", 3)
     boxes = [Box(3, 3, (6, 9, 30, 35), 5), Box(3, 3, (10, 9, 40, 40), 2), Box(3, 3, (6, 9, 30, 35), 7)]
     labels = label_by_boxes(predictor, boxes)
-    logits = predictor.on_image(predictor.predict(box=np.array([box.corners for box in boxes]), index=3).logits[:, 0])
+    corners = predictor.whole_pixels(np.array([box.corners for box in boxes]))
+    logits = predictor.on_image(predictor.predict(box=corners, index=3).logits[:, 0])
     best = np.array([5, 2, 7])[logits.argmax(axis=0)]
     assert np.array_equal(labels[3], np.where(logits.max(axis=0) > 0, best, 0))
     assert 7 not in labels  # of equals the first one stays
@@ -262,7 +263,7 @@ def test_an_adapter_that_takes_prompts_is_used(scans, tmp_path):
     words = ["predict", scans / "one.nii.gz", "-o", tmp_path / "out", "--boxes", boxes, "--adapter", tmp_path / "a.safetensors"]
     assert main([*map(str, words), "--device", "cpu"]) == 0
     wanted = samlora.Predictor.load(tmp_path / "a.safetensors").set_image(scans / "one.nii.gz", 3)
-    wanted.accept(wanted.predict(box=[6, 9, 30, 35]).masks[0], 1)
+    wanted.accept(wanted.predict(box=wanted.whole_pixels([6, 9, 30, 35])).masks[0], 1)
     assert np.array_equal(read_volume(tmp_path / "out" / "one.nii.gz").array, wanted.to_volume().array)
 
 

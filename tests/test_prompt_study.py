@@ -48,6 +48,9 @@ class Person:
     def select(self, index):
         self.index = index
 
+    def whole_pixels(self, boxes):
+        return boxes
+
     def predict(self, points=None, labels=None, box=None, mask=None, multimask=False):
         self.calls.append((points, labels, box, mask, multimask))
         asked = points if points is not None else box

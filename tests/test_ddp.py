@@ -200,7 +200,7 @@ def test_files_that_any_process_left_out_are_counted_in_all(laws):
 class ByBrightness(nn.Module):
     """A model that sees classes 0, 1, 2 by their brightness in `draw`, roughly, and never class 3."""
 
-    spec = SimpleNamespace(system="samed", num_classes=3, class_names=("a", "b", "c"), image_size=SIZE)
+    spec = SimpleNamespace(system="samed", num_classes=3, class_names=("a", "b", "c"), image_size=SIZE, recipe=None)
     pixels, fill, logit_side = SAMED, (0, 0, 0), SIZE // 4
 
     def forward(self, images):

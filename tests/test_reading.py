@@ -31,6 +31,7 @@ import os
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 from samlora.data.dataset import Batches, SliceDataset, find_slices
 from samlora.training.reading import BadSamples, read_batches, worker_died
@@ -38,8 +39,9 @@ from samlora.training.reading import BadSamples, read_batches, worker_died
 
 def main(folder, way):
     slices = find_slices(folder)
+    spec = SimpleNamespace(num_classes=1, recipe=None)
     batches = Batches(len(slices), 2, 1000, 0)
-    with contextlib.closing(read_batches(SliceDataset(slices, 0), batches, 2, BadSamples(False, print), 1)) as loader:
+    with contextlib.closing(read_batches(SliceDataset(slices, 0), batches, 2, BadSamples(False, print), spec)) as loader:
         for number, _ in enumerate(loader):
             workers = multiprocessing.active_children()
             if number == 1:  # both have begun
@@ -107,7 +109,7 @@ def write_case(folder, case, sizes=SIZES):
 
 
 class Bright(torch.nn.Module):
-    spec = SimpleNamespace(system="samed", num_classes=1, class_names=("a",), image_size=256)
+    spec = SimpleNamespace(system="samed", num_classes=1, class_names=("a",), image_size=256, recipe=None)
     pixels, fill, logit_side, chunk = SAMED, (0, 0, 0), 64, 1
 
     def forward(self, images):

@@ -122,6 +122,7 @@ def generic_image(folder):
 # recipe -> folder, training cases, test cases, classes found
 RECIPES = {
     "synapse": (synapse, ["case0005"], ["case0008"], 8),
+    "demo_abdomen": (synapse, ["case0005", "case0008"], [], 8),
     "amos": (amos, ["amos_0001", "amos_0499"], ["amos_0008"], 15),
     "flare22": (flare22, ["FLARE22_Tr_0001", "FLARE22_Tr_0002"], [], 13),
     "msd": (msd, ["BRATS_001", "BRATS_002"], [], 3),
@@ -166,7 +167,7 @@ def test_a_recipe_says_where_its_data_are_and_how_to_use_it(name):
     head = text.split("\n\n")[0]
     assert "samlora prepare " in head and f"--dataset {name}" in head
     assert all(line.startswith("#") for line in head.splitlines())
-    assert name.startswith("generic") or "Download" in head
+    assert name.startswith(("generic", "demo")) or "Download" in head
 
 
 def test_patients_stay_on_one_side():

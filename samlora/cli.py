@@ -375,7 +375,8 @@ def _convert_flags(parser: argparse.ArgumentParser) -> None:
     from samlora.model.config import ConvertConfig
     from samlora.options import add_flags
 
-    parser.add_argument("source", metavar="IN", help="the adapter: a file of samlora, SAMed or Sam_LoRA, or peft's folder")
+    formats = "a file of samlora, SAMed or Sam_LoRA, or a folder of peft"
+    parser.add_argument("source", metavar="IN", help=f"the adapter: {formats}")
     parser.add_argument("target", metavar="OUT", help="the file to write; a folder with --to peft")
     add_flags(parser, ConvertConfig)
 

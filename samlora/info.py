@@ -51,7 +51,8 @@ def info(path: str | os.PathLike | None, config: InfoConfig) -> str:
 
     Raises:
         MissingFileError: there is no such file or folder.
-        InputError: it is none of these, or is damaged; or both or neither of path and systems are given.
+        InputError: it is none of these, or is damaged; or both or neither of path and systems are
+            given.
     """
     if (path is None) != config.systems:
         raise InputError("samlora info: give either a file or folder, or --systems")
@@ -63,7 +64,7 @@ def info(path: str | os.PathLike | None, config: InfoConfig) -> str:
 
 
 def systems() -> list[dict[str, Any]]:
-    """Every system as plain data: name, what it is, usual variant, prompts, options with their defaults."""
+    """Every system as plain data: name, summary, variant, prompts, options with their defaults."""
     return [
         {
             "name": name,
@@ -79,14 +80,16 @@ def systems() -> list[dict[str, Any]]:
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
-    """What a file or folder is, as plain data; "kind" says it in words. Raises what `info` raises."""
+    """What a file or folder is, as plain data; "kind" says it in words. Raises as `info` does."""
     path = find_file(path)
     if not path.exists():
         raise MissingFileError(f"{path}: there is no such file or folder; check the path")
     if path.is_dir() and not is_peft(path):
         return _run(path)
     if path.name in (LAST, NEXT, PREVIOUS):
-        raise InputError(f"{path}: is the saved state of a training run; give its folder: {path.parent}")
+        raise InputError(
+            f"{path}: is the saved state of a training run; give its folder: {path.parent}"
+        )
     if is_peft(path) or is_peft(path.parent):
         return _adapter(open_adapter(path))
     tensors, metadata = read_tensors(path)
@@ -96,7 +99,8 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
         return _base(path, tensors)
     first = min(tensors) if tensors else "nothing"
     raise InputError(
-        f"{path}: holds weights ({len(tensors)} tensors, such as {first}), but neither an adapter nor a SAM; "
+        f"{path}: holds weights ({len(tensors)} tensors, such as {first}), but neither an adapter "
+        f"nor a SAM; "
         "give one of these, or the folder of a training run"
     )
 
@@ -130,7 +134,9 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "samlora_version": None if spec is None else spec.samlora_version,
     }
     needs = [] if whole else _base_needs(variant, spec.base if spec is not None else None)
-    return found | _sizes(adapter.path, adapter.tensors) | {"needs": needs + _extras(known["system"])}
+    return (
+        found | _sizes(adapter.path, adapter.tensors) | {"needs": needs + _extras(known["system"])}
+    )
 
 
 def _pixels(adapter: Adapter) -> dict[str, Any]:
@@ -146,7 +152,9 @@ def _base(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     known = known_base(path.name)
     masks = len(opened.state["mask_decoder.mask_tokens.weight"])
     return {
-        "kind": "base: a whole SAM" if known is None else f"base: a whole SAM, the published {base_name(path)}",
+        "kind": "base: a whole SAM"
+        if known is None
+        else f"base: a whole SAM, the published {base_name(path)}",
         "path": str(path),
         "variant": opened.variant,
         "names": "Meta's" if "vision_encoder.pos_embed" not in tensors else "Hugging Face's",
@@ -168,12 +176,22 @@ def _run(folder: Path) -> dict[str, Any]:
     values = read_yaml(config) if config.is_file() else {}
     if "max_epochs" not in values:
         raise InputError(
-            f"{folder}: is no folder of a training run (it has no config.yaml of one) and none of peft; "
+            f"{folder}: is no folder of a training run (it has no config.yaml of one) and none of "
+            f"peft; "
             "give a file of weights, or such a folder"
         )
     facts = facts_of(folder)
-    adapters = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("."))
-    best = next((name for name in ("adapter_best.safetensors", "adapter_last.safetensors") if name in adapters), None)
+    adapters = sorted(
+        path.name for path in folder.glob("*.safetensors") if not path.name.startswith(".")
+    )
+    best = next(
+        (
+            name
+            for name in ("adapter_best.safetensors", "adapter_last.safetensors")
+            if name in adapters
+        ),
+        None,
+    )
     return {
         "kind": "folder of a training run",
         "path": str(folder),
@@ -198,7 +216,7 @@ def _sizes(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _base_needs(variant: str, base: str | None) -> list[str]:
-    """Which base file an adapter needs, and where it is or how to get it. base: its file name, if it is known."""
+    """Which base file an adapter needs, and where it is or how to get it. base: its name."""
     if base is not None and (base == "none" or base.startswith("random:")):
         return []
     name = (base_name(Path(base)) if base is not None else None) or variant
@@ -262,7 +280,9 @@ def _value_text(name: str, value: Any, found: Mapping[str, Any]) -> str:
         return f"values {value['values']}, {framing}, {value['resampling']}"
     if name == "options":
         usual = _plain(system_row(found["system"]).options)
-        return _options_text({option: own for option, own in value.items() if own != usual.get(option)})
+        return _options_text(
+            {option: own for option, own in value.items() if own != usual.get(option)}
+        )
     if name == "prompts":
         return _PROMPTS[value]
     if name == "holds":

@@ -11,7 +11,9 @@ FORMATS = ("samlora", "samed", "sam_lora", "peft")
 class InfoConfig:
     """What `samlora info` shows, and how."""
 
-    systems: bool = option(False, "list the systems with their options instead of looking at a file")
+    systems: bool = option(
+        False, "list the systems with their options instead of looking at a file"
+    )
     json: bool = option(False, "print JSON")
 
 
@@ -21,14 +23,18 @@ class ConvertConfig:
 
     to: str | None = option(
         None,
-        "samlora: safetensors with a description; samed: SAMed's .pth; sam_lora: LoRA factors alone, safetensors; "
+        "samlora: safetensors with a description; samed: SAMed's .pth; sam_lora: LoRA factors "
+        "alone, safetensors; "
         "peft: a folder for Hugging Face's peft and transformers",
         FORMATS,
     )
     ckpt: str | None = option(
-        None, "base weights, where they are needed (default: checkpoints/ file of the adapter's variant)"
+        None,
+        "base weights, where they are needed (default: checkpoints/ file of the adapter's variant)",
     )
-    img_size: int | None = option(None, "side of the images in pixels, for adapters that do not say it (default 512)")
+    img_size: int | None = option(
+        None, "side of the images in pixels, for adapters that do not say it (default 512)"
+    )
     overwrite: bool = option(False, "replace OUT where it is there already")
 
 
@@ -37,9 +43,12 @@ class MergeConfig:
     """All of a merge."""
 
     adapter: str | None = option(None, "the adapter")
-    ckpt: str | None = option(None, "base weights (default: checkpoints/ file of the adapter's variant)")
+    ckpt: str | None = option(
+        None, "base weights (default: checkpoints/ file of the adapter's variant)"
+    )
     output: str | None = option(
         None,
-        ".pth: a SAM checkpoint as Meta's; .safetensors: a model file of samlora, which every system fits into",
+        ".pth: a SAM checkpoint as Meta's; .safetensors: a model file of samlora, which every "
+        "system fits into",
     )
     overwrite: bool = option(False, "replace OUT where it is there already")

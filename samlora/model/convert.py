@@ -36,7 +36,11 @@ from samlora.model.variants import STOCK_MASKS, VARIANTS
 from samlora.pixels import Pixels
 
 HUGGING_FACE_SIDE = 1024  # of the images of every SAM that transformers loads, in pixels
-_ON_HUB = {"vit_b": "facebook/sam-vit-base", "vit_l": "facebook/sam-vit-large", "vit_h": "facebook/sam-vit-huge"}
+_ON_HUB = {
+    "vit_b": "facebook/sam-vit-base",
+    "vit_l": "facebook/sam-vit-large",
+    "vit_h": "facebook/sam-vit-huge",
+}
 _FACTOR = re.compile(r"w_[ab]_\d{3}")
 _ENDINGS = {"samlora": (".safetensors",), "samed": (".pth", ".pt"), "sam_lora": (".safetensors",)}
 
@@ -45,10 +49,11 @@ _ENDINGS = {"samlora": (".safetensors",), "samed": (".pth", ".pt"), "sam_lora": 
 class Adapter:
     """An adapter of any format, opened but not yet put into a model.
 
-    kind: one of FORMATS. tensors: under the names that samlora's adapter files use; of a folder of peft that has a
-    decoder, the whole of it, whatever `spec.holds` says. spec: None where the file does not describe itself. known:
-    what is known of the model, by the names of Spec's fields; image_size and num_classes None where they are not.
-    model: its names and shapes, without weights.
+    kind: one of FORMATS. tensors: under the names that samlora's adapter files use; of a folder of
+    peft that has a decoder, the whole of it, whatever `spec.holds` says. spec: None where the file
+    does not describe itself. known: what is known of the model, by the names of Spec's fields;
+    image_size and num_classes None where they are not. model: its names and shapes, without
+    weights.
     """
 
     path: Path
@@ -100,14 +105,19 @@ def _open_peft(path: Path) -> Adapter:
             expected |= {name: state[name] for name in decoder_names(model)}
         _check_described(path, tensors, expected)
         return Adapter(path, "peft", tensors, spec, vars(spec), model)
-    # With a decoder of SAM's form: it answers prompts, unless a description says that its masks are classes.
+    # With a decoder of SAM's form: it answers prompts, unless a description says that its masks are
+    # classes.
     guess = {
         "system": LORA_ALONE,
         "variant": folder.variant,
         "rank": folder.rank,
         "lora_layers": folder.layers,
         "num_classes": None,
-        "options": {"alpha": folder.alpha, "dropout": folder.dropout, "targets": list(folder.targets)},
+        "options": {
+            "alpha": folder.alpha,
+            "dropout": folder.dropout,
+            "targets": list(folder.targets),
+        },
         "image_size": HUGGING_FACE_SIDE,
     }
     known = _foreign(guess, tensors)
@@ -146,7 +156,9 @@ def _foreign_outline(known: Mapping[str, Any]) -> Sam:
     return outline(spec)
 
 
-def _check_described(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _check_described(
+    path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
     """Raises InputError unless an adapter has the tensors that its description promises."""
     compare_shapes(
         {name: tensor.shape for name, tensor in tensors.items()},
@@ -165,7 +177,8 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, config: Conver
         config: the format, and what the adapter itself does not know.
 
     Returns:
-        Lines for people: what was written, and how the images are prepared where a program must know it.
+        Lines for people: what was written, and how the images are prepared where a program must
+        know it.
 
     Raises:
         MissingFileError: the adapter, or a base that is needed, is not there.
@@ -178,26 +191,41 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, config: Conver
     check_output(target, _ENDINGS.get(config.to), config.overwrite, "OUT")
     said = adapter.known["image_size"]
     if None not in (said, config.img_size) and said != config.img_size:
-        raise InputError(f"--img_size {config.img_size}: {adapter.path} is for images of {said} px; leave it out")
-    write = {"samlora": _to_samlora, "samed": _to_samed, "sam_lora": _to_sam_lora, "peft": _to_peft}[config.to]
+        raise InputError(
+            f"--img_size {config.img_size}: {adapter.path} is for images of {said} px; leave it out"
+        )
+    write = {
+        "samlora": _to_samlora,
+        "samed": _to_samed,
+        "sam_lora": _to_sam_lora,
+        "peft": _to_peft,
+    }[config.to]
     return "\n".join([f"{target}: written as {config.to}", *write(adapter, target, config)])
 
 
 def check_output(target: Path, endings: tuple[str, ...] | None, overwrite: bool, flag: str) -> None:
-    """Raises InputError for an output that has another ending than `endings`, or is there and must not be replaced.
+    """Raises InputError for an output of another ending, or one that must not be replaced.
 
-    endings: None for a folder of peft.
+    endings: those that are possible; None for a folder of peft.
     """
     if endings is None:
         if target.suffix in (".safetensors", ".pth", ".pt"):
-            raise InputError(f"{flag} {target}: peft reads a folder; give a name without {target.suffix}")
+            raise InputError(
+                f"{flag} {target}: peft reads a folder; give a name without {target.suffix}"
+            )
         foreign = target.is_dir() and any(target.iterdir()) and not huggingface.is_peft(target)
         if foreign or (target.exists() and not target.is_dir()):
-            raise InputError(f"{flag} {target}: holds other things than an adapter of peft; give another name")
+            raise InputError(
+                f"{flag} {target}: holds other things than an adapter of peft; give another name"
+            )
     elif target.suffix not in endings or target.is_dir():
-        raise InputError(f"{flag} {target}: give the name of a file that ends in {' or '.join(endings)}")
+        raise InputError(
+            f"{flag} {target}: give the name of a file that ends in {' or '.join(endings)}"
+        )
     if target.exists() and not overwrite:
-        raise InputError(f"{flag} {target}: is there already; give --overwrite to replace it, or another name")
+        raise InputError(
+            f"{flag} {target}: is there already; give --overwrite to replace it, or another name"
+        )
 
 
 def _load(adapter: Adapter, config: ConvertConfig) -> Sam:
@@ -213,7 +241,9 @@ def _load(adapter: Adapter, config: ConvertConfig) -> Sam:
     except MissingFileError as error:
         if config.ckpt is not None:
             raise
-        raise MissingFileError(f"--to {config.to} needs the base of {adapter.path}: {error}, or give --ckpt") from None
+        raise MissingFileError(
+            f"--to {config.to} needs the base of {adapter.path}: {error}, or give --ckpt"
+        ) from None
 
 
 def _to_samlora(adapter: Adapter, target: Path, config: ConvertConfig) -> list[str]:
@@ -223,8 +253,14 @@ def _to_samlora(adapter: Adapter, target: Path, config: ConvertConfig) -> list[s
         save_adapter(model, target)
         size = model.spec.image_size
         told = config.img_size or adapter.known["image_size"]
-        guess = "" if told else f" (taken for {size} px, which the file does not say; --img_size gives another)"
-        return [f"{model.spec.system}, {model.spec.variant}, base {model.spec.base}, {size} px{guess}"]
+        guess = (
+            ""
+            if told
+            else f" (taken for {size} px, which the file does not say; --img_size gives another)"
+        )
+        return [
+            f"{model.spec.system}, {model.spec.variant}, base {model.spec.base}, {size} px{guess}"
+        ]
     tensors = {name: adapter.tensors[name] for name in adapter_tensors(adapter.model)}
     current = replace(spec, format_version=FORMAT_VERSION)
     write_tensors(target, tensors, {"samlora": json.dumps(asdict(current))})
@@ -236,7 +272,8 @@ def _to_sam_lora(adapter: Adapter, target: Path, config: ConvertConfig) -> list[
     others = sorted(name for name in adapter.tensors if not _FACTOR.fullmatch(name))
     if others:
         raise InputError(
-            f"{adapter.path}: trains more than LoRA on the image encoder ({others[0]} and {len(others) - 1} more "
+            f"{adapter.path}: trains more than LoRA on the image encoder ({others[0]} and "
+            f"{len(others) - 1} more "
             "tensors), which Sam_LoRA's files cannot hold; --to samlora holds all of it"
         )
     write_tensors(target, adapter.tensors)
@@ -251,11 +288,14 @@ def _to_samed(adapter: Adapter, target: Path, config: ConvertConfig) -> list[str
     write_pth(target, {name: tensors[name] for name in (*factors, *modules)})
     if adapter.has_decoder:
         return []
-    return ["it holds LoRA factors alone: SAMed's own loader wants a mask decoder too, samlora's does not"]
+    return [
+        "it holds LoRA factors alone: SAMed's own loader wants a mask decoder too, samlora's does "
+        "not"
+    ]
 
 
 def _with_decoder(adapter: Adapter, config: ConvertConfig) -> dict[str, Tensor]:
-    """An adapter's tensors; of one that has a decoder all of it and the prompt encoder, by the base where need be."""
+    """An adapter's tensors; with a decoder also the rest of it and the prompt encoder, by the base."""
     names = decoder_names(adapter.model)
     if not adapter.has_decoder or adapter.tensors.keys() >= set(names):
         return adapter.tensors
@@ -272,7 +312,9 @@ def _to_peft(adapter: Adapter, target: Path, config: ConvertConfig) -> list[str]
     saved: tuple[str, ...] = ()
     if adapter.has_decoder:
         saved = ("mask_decoder", "prompt_encoder")
-        content |= huggingface.saved_modules({name: tensors[name] for name in decoder_names(adapter.model)})
+        content |= huggingface.saved_modules(
+            {name: tensors[name] for name in decoder_names(adapter.model)}
+        )
     described = huggingface.peft_config(
         options.rank * len(targets),
         _fused_alpha(options, len(targets)),
@@ -287,7 +329,9 @@ def _to_peft(adapter: Adapter, target: Path, config: ConvertConfig) -> list[str]
         metadata["samlora"] = json.dumps(asdict(adapter.spec))
     with whole_folder(target) as folder:
         write_tensors(folder / huggingface.WEIGHTS, content, metadata)
-        (folder / huggingface.CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (folder / huggingface.CONFIG).write_text(
+            json.dumps(described, indent=2) + "\n", encoding="utf-8"
+        )
     return _peft_notes(adapter)
 
 
@@ -301,36 +345,44 @@ def _fused_alpha(options: LoRAOptions, count: int) -> float:
 def _peft_notes(adapter: Adapter) -> list[str]:
     system = adapter.known["system"]
     pixels = system_row(system).pixels if adapter.spec is None else adapter.spec.pixels
-    opened = f"PeftModel.from_pretrained(model, folder), model a SamModel of images of {HUGGING_FACE_SIDE} px"
-    return [f"it opens in transformers with peft 0.20 or later: {opened}", *preparation(pixels, system)]
+    opened = f"PeftModel.from_pretrained(SamModel of {HUGGING_FACE_SIDE} px, folder)"
+    return [
+        f"it opens in transformers with peft 0.20 or later: {opened}",
+        *preparation(pixels, system),
+    ]
 
 
 def preparation(pixels: Pixels | None, system: str) -> list[str]:
-    """Lines for people who use SAM's own programs: what differs from SAM in how a model is asked and answers.
+    """Lines for people who use SAM's own programs: what differs from SAM in input and output.
 
     pixels: how images are prepared for it; None for SAM's own way.
     """
     lines = []
     if pixels is not None and pixels.values != "sam":
-        values = {"unit": "0..1 as they are", "minmax": "0..1 from each image's minimum to its maximum"}[pixels.values]
+        values = {
+            "unit": "0..1 as they are",
+            "minmax": "0..1 from each image's minimum to its maximum",
+        }[pixels.values]
         lines.append(
-            f"images: values {values}, {'padded' if pixels.pad else 'stretched'} to the square; SAM's own pixel mean "
-            "and standard deviation must not be applied"
+            f"images: values {values}, {'padded' if pixels.pad else 'stretched'} to the square; "
+            "SAM's own pixel mean and standard deviation must not be applied"
         )
     if system_row(system).automatic:
-        lines.append("masks: without prompts, mask 0 is the background and the others are the classes")
+        lines.append(
+            "masks: without prompts, mask 0 is the background and the others are the classes"
+        )
     return lines
 
 
 def _hub_name(adapter: Adapter) -> str | None:
-    """The name on the Hugging Face Hub of the base of an adapter, None where it is not known to be one of Meta's."""
+    """The name on the Hugging Face Hub of an adapter's base, None where it is none of Meta's."""
     if adapter.spec is None:
         return _ON_HUB.get(adapter.known["variant"])
     return _ON_HUB.get(base_name(Path(adapter.spec.base)) or "")
 
 
 def _check_lora(adapter: Adapter, target: str) -> dict[str, Any]:
-    """The options of an adapter's LoRA. Raises InputError for one that is on no plain ViT with one decoder."""
+    """The options of an adapter's LoRA. Raises InputError without a plain ViT and one decoder."""
     known = adapter.known
     row = system_row(known["system"])
     reason = None
@@ -345,21 +397,28 @@ def _check_lora(adapter: Adapter, target: str) -> dict[str, Any]:
     elif known["in_channels"] != 3:
         reason = f"is for images of {known['in_channels']} channels"
     if reason is not None:
-        raise InputError(f"{adapter.path}: {reason}, and {target} cannot hold that; --to samlora holds it")
+        raise InputError(
+            f"{adapter.path}: {reason}, and {target} cannot hold that; --to samlora holds it"
+        )
     return system_options(known["system"], known["options"])
 
 
 def _check_samed_lora(adapter: Adapter, target: str) -> None:
-    """Raises InputError for a LoRA that is not SAMed's: q and v of all blocks, one rank, no scale."""
+    """Raises InputError unless LoRA is SAMed's: q and v of all blocks, one rank, no scale."""
     options = _check_lora(adapter, target)
     usual = system_row(adapter.known["system"]).options
-    changed = [f"{name} {options[name]}" for name in options if name != "dropout" and options[name] != usual[name]]
+    changed = [
+        f"{name} {options[name]}"
+        for name in options
+        if name != "dropout" and options[name] != usual[name]
+    ]
     depth = VARIANTS[adapter.known["variant"]].depth
     if tuple(adapter.known["lora_layers"]) != tuple(range(depth)):
         changed.append(f"lora_layers {list(adapter.known['lora_layers'])}")
     if changed:
         raise InputError(
-            f"{adapter.path}: its LoRA has {', '.join(changed)}, and {target} hold B A on q and v of all blocks "
+            f"{adapter.path}: its LoRA has {', '.join(changed)}, and {target} hold B A on q and v "
+            f"of all blocks "
             "without a scale; --to samlora holds it"
         )
 
@@ -379,7 +438,8 @@ def _check_peft(adapter: Adapter, config: ConvertConfig) -> dict[str, Any]:
         reason = "it has LoRA in the mask decoder, whose other weights are the base's"
     elif adapter.has_decoder and known["num_classes"] not in (None, STOCK_MASKS - 1):
         reason = (
-            f"it has {known['num_classes']} classes, and transformers' SAM has {STOCK_MASKS} masks: a background and "
+            f"it has {known['num_classes']} classes, and transformers' SAM has {STOCK_MASKS} "
+            f"masks: a background and "
             f"{STOCK_MASKS - 1} classes"
         )
     if reason is not None:
@@ -387,12 +447,14 @@ def _check_peft(adapter: Adapter, config: ConvertConfig) -> dict[str, Any]:
     size = config.img_size or known["image_size"]
     if size is None and adapter.has_decoder:
         raise InputError(
-            f"{adapter.path}: does not say the side of its images, and transformers' SAM takes {HUGGING_FACE_SIDE} px "
+            f"{adapter.path}: does not say the side of its images, and transformers' SAM takes "
+            f"{HUGGING_FACE_SIDE} px "
             f"alone; if it was trained so, give --img_size {HUGGING_FACE_SIDE}"
         )
     if size not in (None, HUGGING_FACE_SIDE):
         raise InputError(
-            f"{adapter.path}: is for images of {size} px, and transformers' SAM takes {HUGGING_FACE_SIDE} px alone; "
+            f"{adapter.path}: is for images of {size} px, and transformers' SAM takes "
+            f"{HUGGING_FACE_SIDE} px alone; "
             f"train at {HUGGING_FACE_SIDE} px for it"
         )
     return options

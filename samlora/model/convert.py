@@ -295,7 +295,7 @@ def _to_samed(adapter: Adapter, target: Path, config: ConvertConfig) -> list[str
 
 
 def _with_decoder(adapter: Adapter, config: ConvertConfig) -> dict[str, Tensor]:
-    """An adapter's tensors; with a decoder also the rest of it and the prompt encoder, by the base."""
+    """An adapter's tensors; of a part of a decoder all of it and the prompt encoder, by the base."""
     names = decoder_names(adapter.model)
     if not adapter.has_decoder or adapter.tensors.keys() >= set(names):
         return adapter.tensors

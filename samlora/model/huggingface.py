@@ -236,7 +236,7 @@ def _check_factors(factors: Mapping[int, Mapping[str, Tensor]], folder: Path) ->
 
 
 def _in_blocks(b: Tensor, targets: tuple[str, ...]) -> bool:
-    """Whether a factor B of the fused qkv, (3 d, R), is 0 but in one block for each of `targets`."""
+    """Whether a fused factor B, (3 d, R), is 0 except in one block for each of `targets`."""
     width, rank = len(b) // 3, b.shape[1]
     if rank % len(targets):
         return False
@@ -303,7 +303,7 @@ def fuse(
 
 
 def saved_modules(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the prompt encoder and the mask decoder under peft's names of `modules_to_save`."""
+    """The prompt encoder and the mask decoder under peft's names of `modules_to_save`."""
     return {_PREFIX + hugging_face_name(name): tensor for name, tensor in tensors.items()}
 
 

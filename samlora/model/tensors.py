@@ -90,7 +90,7 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
 
 
 def write_pth(path: str | os.PathLike, tensors: dict[str, Tensor]) -> None:
-    """Writes a plain dict of tensors as a file of PyTorch, whole or not at all, so that no other objects need be loaded."""
+    """Writes a plain dict of tensors as a file of PyTorch, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole(path) as temporary, open(temporary, "wb") as file:  # of a path PyTorch would store the name
         torch.save(tensors, file)

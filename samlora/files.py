@@ -69,12 +69,13 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise InputError(f"{path}: cannot write there ({error.strerror}); choose another folder") from None
     try:
         yield temporary
-        try:
-            if path.exists():
-                path.rename(former)
-            temporary.rename(path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
+        if path.exists():
+            path.rename(former)
+        temporary.rename(path)
+    except InputError as error:  # of a file in it
+        raise InputError(str(error).replace(str(temporary), str(path))) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
     finally:
         if former.exists() and not path.exists():
             former.rename(path)

@@ -20,6 +20,7 @@ from samlora.model.lora import decoder_names, lora_names
 from samlora.model.merge_file import merge_file
 from samlora.model.sam import Prompts, build_sam, state_shapes
 from samlora.model.tensors import read_tensors
+from samlora.training.setup import start_from
 
 SIDE = 64
 BOXES = torch.tensor([[8.0, 9, 40, 50]])
@@ -147,6 +148,35 @@ def test_adapters_go_to_samed_and_keep_their_logits(base, tmp_path, system):
         torch.equal(kept[name], tensor)
         for name, tensor in load_file(tmp_path / "a.safetensors").items()
     )
+
+
+def test_training_starts_from_a_converted_file_and_not_from_a_merged_one(base, tmp_path):
+    write_samed(trained(base), tmp_path / "epoch_159.pth")
+    adapter, merged = tmp_path / "a.safetensors", tmp_path / "m.safetensors"
+    convert(tmp_path / "epoch_159.pth", adapter, ConvertConfig("samlora", str(base), SIDE))
+    fresh = build_model("samed", base, image_size=SIDE, num_classes=2, rank=3).eval()
+    start_from(fresh, str(adapter))
+    assert fresh.spec.holds == "trained" and torch.equal(logits(fresh), logits(trained(base)))
+    merge_file(MergeConfig(str(adapter), str(base), str(merged)))
+    with pytest.raises(InputError, match="its LoRA is merged"):
+        start_from(fresh, str(merged))
+
+
+def test_a_shared_base_stays_as_it_is(base, tmp_path):
+    """SAMed's file brings a prompt encoder, buffers and all."""
+    model = trained(base)
+    model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix += 1
+    model.prompt_encoder.point_embeddings[0].weight.data += 1
+    write_samed(model, tmp_path / "epoch_159.pth")
+    opened = open_base(base)
+    convert(
+        tmp_path / "epoch_159.pth",
+        tmp_path / "a.safetensors",
+        ConvertConfig("samlora", str(base), SIDE),
+    )
+    for name in ("epoch_159.pth", "a.safetensors"):
+        samlora.load_model(tmp_path / name, opened, SIDE)
+        assert_same(opened.state, open_base(base).state)
 
 
 def test_a_description_survives_peft(base, tmp_path):
@@ -288,7 +318,7 @@ def test_checkpoints_load_in_segment_anything(base, tmp_path):
     )
 
 
-def test_outputs_are_kept_and_whole(base, tmp_path, monkeypatch):
+def test_outputs_are_kept_and_whole(base, tmp_path, monkeypatch, files_end_at):
     samlora.save_adapter(trained(base, "sam_lora", side=1024), tmp_path / "a.safetensors")
     folder = tmp_path / "folder"
     convert(tmp_path / "a.safetensors", folder, ConvertConfig("peft"))
@@ -306,6 +336,12 @@ def test_outputs_are_kept_and_whole(base, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "folder"]
     monkeypatch.undo()
     convert(tmp_path / "a.safetensors", folder, ConvertConfig("peft", overwrite=True))
+    with (
+        files_end_at(10_000),
+        pytest.raises(InputError, match="folder/adapter_model.safetensors: cannot be written"),
+    ):
+        convert(tmp_path / "a.safetensors", folder, ConvertConfig("peft", overwrite=True))
+    assert (folder / huggingface.WEIGHTS).read_bytes() == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("do not delete")
     with pytest.raises(InputError, match="other things"):

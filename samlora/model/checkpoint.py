@@ -166,9 +166,15 @@ def fitting(state: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tens
 
 def unshare(model: nn.Module, names: Iterable[str]) -> None:
     """Gives the tensors `names` memory of their own, so that a `Base` does not change when they do."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name in tensors.keys() & set(names):
-        tensors[name].data = tensors[name].data.clone()
+    names = set(names)
+    parameters = dict(model.named_parameters())
+    for name in parameters.keys() & names:
+        parameters[name].data = parameters[name].data.clone()
+    # A buffer may be the very tensor that the base holds: it is exchanged, not given other memory.
+    for prefix, module in model.named_modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if f"{prefix}.{name}" in names:
+                setattr(module, name, buffer.clone())
 
 
 def is_class_tensor(name: str) -> bool:

@@ -324,9 +324,9 @@ def _to_peft(adapter: Adapter, target: Path, config: ConvertConfig) -> list[str]
         saved,
         _hub_name(adapter),
     )
-    metadata = {"format": "pt"}
+    metadata = None
     if adapter.spec is not None:
-        metadata["samlora"] = json.dumps(asdict(adapter.spec))
+        metadata = {"samlora": json.dumps(asdict(adapter.spec))}
     with whole_folder(target) as folder:
         write_tensors(folder / huggingface.WEIGHTS, content, metadata)
         (folder / huggingface.CONFIG).write_text(

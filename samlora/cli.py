@@ -352,6 +352,64 @@ def _download(given: dict) -> None:
         print(f"base weights: {download(given['name'], Path(given['output']))}")
 
 
+def _info_flags(parser: argparse.ArgumentParser) -> None:
+    from samlora.model.config import InfoConfig
+    from samlora.options import add_flags
+
+    parser.add_argument(
+        "path", metavar="FILE|DIR", nargs="?", help="an adapter or base of any format, or the folder of a training run"
+    )
+    add_flags(parser, InfoConfig)
+
+
+def _info(given: dict) -> None:
+    from samlora.info import info
+    from samlora.model.config import InfoConfig
+    from samlora.options import make
+
+    path = given.pop("path")
+    print(info(path, make(InfoConfig, given)))
+
+
+def _convert_flags(parser: argparse.ArgumentParser) -> None:
+    from samlora.model.config import ConvertConfig
+    from samlora.options import add_flags
+
+    formats = "a file of samlora, SAMed or Sam_LoRA, or a folder of peft"
+    parser.add_argument("source", metavar="IN", help=f"the adapter: {formats}")
+    parser.add_argument("target", metavar="OUT", help="the file to write; a folder with --to peft")
+    add_flags(parser, ConvertConfig)
+
+
+def _convert(given: dict) -> None:
+    from samlora.model.config import ConvertConfig
+    from samlora.options import make
+
+    source, target = given.pop("source"), given.pop("target")
+    config = make(ConvertConfig, given)
+    from samlora.model.convert import convert
+
+    print(convert(source, target, config))
+
+
+def _merge_flags(parser: argparse.ArgumentParser) -> None:
+    from samlora.model.config import MergeConfig
+    from samlora.options import add_flags
+
+    parser.add_argument("-o", dest="output", metavar="OUT", default=argparse.SUPPRESS, help="the same as --output")
+    add_flags(parser, MergeConfig)
+
+
+def _merge(given: dict) -> None:
+    from samlora.model.config import MergeConfig
+    from samlora.options import make
+
+    config = make(MergeConfig, given)
+    from samlora.model.merge_file import merge_file
+
+    print(merge_file(config))
+
+
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
@@ -391,5 +449,8 @@ COMMANDS = {
         _evaluate_prompts,
     ),
     "compare": ("train several systems on the same splits and put them in one table", _compare_flags, _compare),
+    "info": ("say what an adapter, a base or a run folder is, or list the systems", _info_flags, _info),
+    "convert": ("write an adapter in another format: samlora, SAMed, Sam_LoRA, peft", _convert_flags, _convert),
+    "merge": ("write an adapter and its base as one model without LoRA", _merge_flags, _merge),
     "download": ("list the known base weights, or fetch one of them", _download_flags, _download),
 }

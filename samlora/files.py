@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,36 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a new folder beside `path`; on success it takes the place of `path`, and of the folder there.
+
+    If the block raises, `path` keeps its former content and the new folder is gone.
+    Raises InputError, naming `path`, where the place is to blame, as `whole` does.
+    """
+    path = Path(path)
+    temporary = path.parent / f".part-{secrets.token_hex(4)}-{path.name}"
+    former = temporary.with_name(f"{temporary.name}-former")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there ({error.strerror}); choose another folder") from None
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(former)
+        temporary.rename(path)
+    except InputError as error:  # of a file in it
+        raise InputError(str(error).replace(str(temporary), str(path))) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
+    finally:
+        if former.exists() and not path.exists():
+            former.rename(path)
+        for left in (temporary, former):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _refusal(error: Exception, temporary: Path) -> str | None:

@@ -12,6 +12,9 @@ import samlora
 from samlora.evaluation.metrics import evaluate
 from samlora.inference.slices import predict_slices
 from samlora.model.checkpoint import adapter_tensors
+from samlora.model.config import ConvertConfig, MergeConfig
+from samlora.model.convert import convert
+from samlora.model.merge_file import merge_file
 
 HERE = Path(__file__).parent / "golden"
 _spec = importlib.util.spec_from_file_location("golden_models", HERE / "golden_models.py")
@@ -46,6 +49,27 @@ def test_logits(reference, golden_model, system, size, classes):
     torch.testing.assert_close(merged, logits, atol=1e-4, rtol=0)
     if f"{entry}_iou" in reference:
         torch.testing.assert_close(iou[0], torch.from_numpy(reference[f"{entry}_iou"]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system, size, classes", [("samed", 256, 1), ("samed_s", 256, 8)])
+def test_logits_after_conversion_and_merge(reference, golden_model, shared_path, tmp_path, system, size, classes):
+    """SAMed's file as samlora's and back, and merged into one file with its base."""
+    golden_model(system, size, classes)
+    base, adapter, back = shared_path / "vit_b.pth", tmp_path / "a.safetensors", tmp_path / "back.pth"
+    convert(shared_path / "epoch_159.pth", adapter, ConvertConfig("samlora", str(base), size))
+    convert(adapter, back, ConvertConfig("samed"))
+    merge_file(MergeConfig(str(adapter), str(base), str(tmp_path / "m.safetensors")))
+    expected = torch.from_numpy(reference[f"{system}_S{size}_K{classes}_logits"])
+    for path, needed in ((adapter, base), (back, base), (tmp_path / "m.safetensors", "default")):
+        model = samlora.load_model(path, needed, size)
+        with torch.no_grad():
+            logits = model(models.golden_image(size))
+            _, iou = model.decode(model.image_encoder(models.golden_image(size)), *model.embed_prompts(None, 1))
+        torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=0)
+        if f"{system}_S{size}_K{classes}_iou" in reference:
+            known = torch.from_numpy(reference[f"{system}_S{size}_K{classes}_iou"])
+            torch.testing.assert_close(iou[0], known, atol=1e-4, rtol=0)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import numbers
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ from samlora.model.baselines import build_baseline, check_baseline
 from samlora.model.bases import base_name, find_base
 from samlora.model.checkpoint import Base, Spec
 from samlora.model.decoder import build_decoder
-from samlora.model.lora import LoRAOptions, check_layers, inject_decoder, inject_encoder, translate_adapter
+from samlora.model.lora import (
+    LoRAOptions,
+    check_layers,
+    decoder_names,
+    fold,
+    inject_decoder,
+    inject_encoder,
+    translate_adapter,
+)
 from samlora.model.methods import System, system_options, system_row, train_only, trained_names
 from samlora.model.sam import Sam, build_sam, usual_size
 from samlora.model.stem import InputStem
@@ -261,44 +270,103 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if spec is None:
-            return _load_foreign(tensors, adapter, base, image_size).eval()
+            return load_described(tensors, checkpoint.guess_spec(tensors, adapter), adapter, base, image_size).eval()
+        if spec.holds == checkpoint.MODEL:
+            return _load_whole(tensors, spec, adapter, base, image_size).eval()
         without_file = spec.base == "none" or spec.base.startswith("random:")
         if base == "default" and not without_file:
             base = find_base(base_name(Path(spec.base)) or spec.variant)
         if without_file and base != "default":
             raise InputError(f"{adapter}: began with random weights ({spec.base}), not with {base}; leave the base out")
-        model = build_model(
-            system=spec.system,
-            base=spec.base if without_file else base,
-            variant=None if spec.base == "none" else spec.variant,
-            image_size=image_size or spec.image_size,
-            num_classes=spec.num_classes,
-            rank=spec.rank,
-            lora_layers=spec.lora_layers or None,
-            class_names=spec.class_names,
-            recipe=spec.recipe,
-            in_channels=spec.in_channels,
-            options=spec.options,
-            pixels=spec.pixels,
-        )
+        model = _build_described(spec, spec.base if without_file else base, image_size)
     if model.spec.base_sha256 != spec.base_sha256:
         raise InputError(
             f"{adapter}: was trained on the base {spec.base} (SHA-256 {spec.base_sha256[:12]}...), "
             f"but {model.spec.base} "
             f"has {model.spec.base_sha256[:12]}...; give that base with --ckpt"
         )
+    model.spec = replace(model.spec, holds=spec.holds)
+    if isinstance(base, Base):
+        checkpoint.unshare(model, checkpoint.adapter_tensors(model))
     checkpoint.load_trained(model, tensors, adapter)
     return model.eval()
 
 
-def _load_foreign(
-    tensors: dict, adapter: str | os.PathLike, base: str | os.PathLike | Base, image_size: int | None
+def _build_described(spec: Spec, base: str | os.PathLike | Base, image_size: int | None) -> Sam:
+    """The model that a description is of, on a base, with nothing of its adapter file in it yet."""
+    return build_model(
+        system=spec.system,
+        base=base,
+        variant=None if spec.base == "none" else spec.variant,
+        image_size=image_size or spec.image_size,
+        num_classes=spec.num_classes,
+        rank=spec.rank,
+        lora_layers=spec.lora_layers or None,
+        class_names=spec.class_names,
+        recipe=spec.recipe,
+        in_channels=spec.in_channels,
+        options=spec.options,
+        pixels=spec.pixels,
+    )
+
+
+def outline(spec: Spec) -> Sam:
+    """The model of a description without weights: names and shapes alone (PyTorch's device "meta")."""
+    with torch.device("meta"):
+        model = _build_described(spec, spec.base if spec.base == "none" else "random:0", None)
+    if spec.holds == checkpoint.MODEL:
+        fold(model)
+    model.spec = spec
+    return model
+
+
+def _load_whole(
+    tensors: dict, spec: Spec, path: str | os.PathLike, base: str | os.PathLike | Base, image_size: int | None
 ) -> Sam:
-    guess = checkpoint.guess_spec(tensors, adapter)
-    guess["num_classes"] = guess["num_classes"] or STOCK_MASKS - 1
-    model = build_model(base=base, image_size=image_size, **guess)
-    translated = translate_adapter(model, tensors, adapter)
+    """A model from a file that holds all of it (`samlora merge`)."""
+    if base != "default":
+        raise InputError(f"{path}: holds the whole model and takes no base; leave {base} out")
+    model = fold(_build_described(spec, "random:0", image_size))
+    model.spec = replace(spec, image_size=model.image_size)
+    if model.image_size != spec.image_size:
+        tensors = checkpoint.resize_positions(tensors, spec.variant, model.image_size)
+    checkpoint.load_trained(model, tensors, path)
+    return model
+
+
+def load_described(
+    tensors: dict,
+    description: Mapping[str, Any],
+    path: str | os.PathLike,
+    base: str | os.PathLike | Base = "default",
+    image_size: int | None = None,
+    fill: bool = False,
+) -> Sam:
+    """Loads the tensors of an adapter that is not samlora's onto a base.
+
+    Args:
+        tensors: LoRA factors under SAMed's names and, of some files, the prompt encoder and the mask decoder.
+        description: arguments of `build_model`, as `checkpoint.guess_spec` gives them.
+        path: the file they are from, for messages.
+        base: the base, as `load_model` takes it.
+        image_size: side of the images in pixels; None for the usual one.
+        fill: whether tensors of the prompt encoder and the mask decoder that are missing are those of the base.
+
+    Returns:
+        The model, in training mode; its `spec.holds` says what the file had.
+
+    Raises:
+        InputError: the tensors do not fit the model exactly.
+    """
+    known = {**description, "num_classes": description["num_classes"] or STOCK_MASKS - 1}
+    model = build_model(base=base, image_size=image_size, **known)
+    if fill:
+        state = model.state_dict()
+        tensors = {name: state[name] for name in decoder_names(model)} | tensors
+    translated = translate_adapter(model, tensors, path)
     if isinstance(base, Base):
         checkpoint.unshare(model, translated)
     model.load_state_dict(translated, strict=False)
+    if any(name.startswith("mask_decoder.") for name in tensors):
+        model.spec = replace(model.spec, holds=checkpoint.DECODERS)
     return model

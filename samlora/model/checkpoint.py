@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from samlora.errors import InputError, MissingFileError
 from samlora.files import as_path
 from samlora.model.bases import advice, base_name, pixels_of, verify
-from samlora.model.lora import lora_names
+from samlora.model.huggingface import meta_state
+from samlora.model.lora import decoder_names, lora_names
 from samlora.model.sam import Sam, build_sam, state_shapes, usual_size
 from samlora.model.tensors import compare_shapes, read_tensors, write_tensors
 from samlora.model.variants import VARIANTS
 from samlora.pixels import SAM, SAMED, Pixels
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+# What an adapter file may hold, see Spec.holds.
+TRAINED, DECODERS, MODEL = "trained", "decoders", "model"
 # What adapters of an earlier format do not say, and what it was then.
-_SINCE = {2: {"in_channels": 3}, 3: {"options": {}}}
+_SINCE = {2: {"in_channels": 3}, 3: {"options": {}}, 5: {"holds": TRAINED}}
 # Until format 3 pixels were a matter of the system alone.
 _SAM_PIXELS_UNTIL_3 = ("sam", "sam_lora", "sam_prompt")
 
@@ -40,6 +43,8 @@ class Spec:
     plain data. base: file name of the base weights, or "random:SEED". base_sha256: of that file. in_channels: of the
     images; other than 3 go through an input stem. options: what the system's row offers beyond these, as plain data.
     pixels: how images are prepared for the encoder. base_pixels: how the base's authors do it; None without a base.
+    holds: what the adapter file has of the model. TRAINED: what trains. DECODERS: also the rest of the prompt encoder
+    and the mask decoder, as SAMed's files do. MODEL: everything, LoRA merged, so that no base is needed.
     """
 
     system: str
@@ -58,6 +63,7 @@ class Spec:
     options: dict = field(default_factory=dict)
     pixels: Pixels = SAMED
     base_pixels: Pixels | None = SAM
+    holds: str = TRAINED
 
 
 # --- base weights ----------------------------------------------------------------------------------------
@@ -99,8 +105,9 @@ class Base:
 
 
 def open_base(path: str | os.PathLike, variant: str | None = None, device: torch.device | str = "cpu") -> Base:
-    """Reads and verifies a base checkpoint. variant: None to take what the file holds.
+    """Reads and verifies a base checkpoint, with Meta's names or Hugging Face's.
 
+    variant: None to take what the file holds.
     Raises MissingFileError or InputError: no file, wrong hash, another variant.
     """
     path = as_path(path)
@@ -111,7 +118,7 @@ def open_base(path: str | os.PathLike, variant: str | None = None, device: torch
         hint = advice(name) if name else "fetch SAM's with: samlora download vit_b"
         raise MissingFileError(f"no base weights at {path}; {hint}")
     sha256 = verify(path)
-    state, _ = read_tensors(path)
+    state = meta_state(read_tensors(path)[0])
     found = recognise_variant(state, path)
     if variant is not None and variant != found:
         raise InputError(
@@ -140,7 +147,7 @@ def load_base(
         raise InputError(f"{base.path}: holds a {found} base, but {variant} was asked for; give the file of {variant}")
     image_size = image_size or usual_size(found)
     sam = build_sam(found, image_size, num_masks or len(state["mask_decoder.mask_tokens.weight"]))
-    _check_base(state, found, fresh_heads=num_masks is not None, path=base.path)
+    check_base(state, found, fresh_heads=num_masks is not None, path=base.path)
     state = resize_positions(state, found, image_size)
     if num_masks is not None:
         state = fitting(state, sam.state_dict())
@@ -158,10 +165,16 @@ def fitting(state: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tens
 
 
 def unshare(model: nn.Module, names: Iterable[str]) -> None:
-    """Gives the parameters `names` memory of their own, so that a `Base` does not change when they do."""
+    """Gives the tensors `names` memory of their own, so that a `Base` does not change when they do."""
+    names = set(names)
     parameters = dict(model.named_parameters())
-    for name in parameters.keys() & set(names):
+    for name in parameters.keys() & names:
         parameters[name].data = parameters[name].data.clone()
+    # A buffer may be the very tensor that the base holds: it is exchanged, not given other memory.
+    for prefix, module in model.named_modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if f"{prefix}.{name}" in names:
+                setattr(module, name, buffer.clone())
 
 
 def is_class_tensor(name: str) -> bool:
@@ -169,16 +182,21 @@ def is_class_tensor(name: str) -> bool:
     return any(part in name for part in CLASS_TENSORS)
 
 
-def _check_base(state: dict[str, Tensor], variant: str, fresh_heads: bool, path: Path) -> None:
+def own_side(state: dict[str, Tensor], variant: str, path: Path) -> int:
+    """Side in pixels of the images that the position tables of a base are for. path: for messages."""
+    if VARIANTS[variant].tiny:  # nothing in its encoder depends on it
+        return VARIANTS[variant].image_size
+    positions = state.get("image_encoder.pos_embed")
+    if positions is None or positions.ndim != 4:
+        raise InputError(
+            f"{path}: image_encoder.pos_embed is missing or not a (1, h, w, c) table; fetch the file again"
+        )
+    return positions.shape[1] * VARIANTS[variant].stride
+
+
+def check_base(state: dict[str, Tensor], variant: str, fresh_heads: bool, path: Path) -> None:
     """Compares a base's names and shapes with what a SAM of its own image size holds."""
-    side = VARIANTS[variant].image_size  # nothing in a tiny encoder depends on it
-    if not VARIANTS[variant].tiny:
-        positions = state.get("image_encoder.pos_embed")
-        if positions is None or positions.ndim != 4:
-            raise InputError(
-                f"{path}: image_encoder.pos_embed is missing or not a (1, h, w, c) table; fetch the file again"
-            )
-        side = positions.shape[1] * VARIANTS[variant].stride
+    side = own_side(state, variant, path)
     masks = state.get("mask_decoder.mask_tokens.weight")
     expected = state_shapes(variant, side, 4 if masks is None else len(masks))
     compare_shapes(
@@ -218,20 +236,29 @@ def resize_positions(state: dict[str, Tensor], variant: str, image_size: int) ->
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What trains in a model, LoRA factors under SAMed's names and the rest under its state dict's names.
+    """What the adapter file of a model holds, by `Spec.holds`; what trains, for a model without a description.
 
-    Statistics of batch normalisation whose weights train are learned too.
+    LoRA factors have SAMed's names and the rest those of the state dict. Statistics of batch normalisation whose
+    weights train are learned too.
     """
+    holds = getattr(getattr(model, "spec", None), "holds", TRAINED)
+    if holds == MODEL:
+        return model.state_dict()
     short = {name: samed for samed, name in lora_names(model).items()}
     trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     for prefix, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{prefix}.weight" in trained:
             trained |= {f"{prefix}.running_{what}": getattr(module, f"running_{what}") for what in ("mean", "var")}
+    if holds == DECODERS:
+        state = model.state_dict()
+        trained |= {name: state[name] for name in decoder_names(model)}
     return {short.get(name, name): tensor for name, tensor in trained.items()}
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Writes everything that trains in a model, with its description, as one safetensors file.
+
+    Of a model that was loaded from a file with more than that, what that file held (`Spec.holds`).
 
     model: from `samlora.build_model` or `samlora.load_model`.
     Raises InputError when the model was not built by samlora, or the ending is not .safetensors.
@@ -259,8 +286,16 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], Spec | Non
                 f"{path}: is not an adapter: it has neither samlora's description nor LoRA factors (w_a_000)"
             )
         return tensors, None
+    return tensors, parse_spec(metadata["samlora"], path)
+
+
+def parse_spec(text: str, path: str | os.PathLike) -> Spec:
+    """The description of a model in an adapter file's metadata.
+
+    Raises InputError where it is damaged or was written by a newer samlora. path: of the file, for messages.
+    """
     try:
-        description = dict(json.loads(metadata["samlora"]))
+        description = dict(json.loads(text))
     except (ValueError, TypeError):
         description = {}
     if description.get("format_version", 0) > FORMAT_VERSION:
@@ -280,7 +315,7 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], Spec | Non
     for name in ("pixels", "base_pixels"):
         if description[name] is not None:
             description[name] = Pixels(**description[name])
-    return tensors, Spec(**description)
+    return Spec(**description)
 
 
 def guess_spec(tensors: dict[str, Tensor], path: str | os.PathLike) -> dict:

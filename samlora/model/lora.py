@@ -315,18 +315,25 @@ def lora_names(sam: nn.Module) -> dict[str, str]:
     return names
 
 
+def decoder_names(sam: nn.Module) -> list[str]:
+    """Names in a SAM's state dict of what SAMed's files hold beside LoRA.
+
+    The whole prompt encoder and mask decoder; of a decoder that carries LoRA (SAMed_s) all but its transformer.
+    """
+    partial = isinstance(sam.mask_decoder.transformer.final_attn_token_to_image.q_proj, LoRA_linear)
+    carried = [name for name in sam.state_dict() if name.startswith(("prompt_encoder.", "mask_decoder."))]
+    return [name for name in carried if not (partial and ".transformer." in name)]
+
+
 def translate_adapter(sam: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a SAMed or plain LoRA file under the names of `sam`'s state dict, checked strictly.
 
-    The file must hold all LoRA factors of `sam`; beyond them either nothing, or what SAMed saves: the whole
-    prompt encoder and the mask decoder (SAMed_s: without its transformer).
+    The file must hold all LoRA factors of `sam`; beyond them either nothing, or what SAMed saves (`decoder_names`).
     """
     names, state = lora_names(sam), sam.state_dict()
     expected = dict(names)
     if len(tensors) > len(names) or "mask_decoder.mask_tokens.weight" in tensors:
-        carried = [name for name in state if name.startswith(("prompt_encoder.", "mask_decoder."))]
-        partial = "sa_a_000" in names
-        expected |= {name: name for name in carried if not (partial and ".transformer." in name)}
+        expected |= {name: name for name in decoder_names(sam)}
     compare_shapes(
         {n: t.shape for n, t in tensors.items()},
         {n: state[full].shape for n, full in expected.items()},
@@ -349,6 +356,22 @@ def unmerge(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, _Adapted):
             module.unmerge()
+    return model
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Replaces every layer with LoRA by a plain Linear of its merged weight; returns the model.
+
+    The state dict then has the key names of a SAM without LoRA. Unlike `merge` it cannot be undone.
+    """
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if not isinstance(layer, _Adapted):
+                continue
+            layer.merge()
+            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            linear.weight, linear.bias = layer.weight, layer.bias
+            setattr(parent, name, linear)
     return model
 
 

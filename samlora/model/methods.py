@@ -243,6 +243,8 @@ SYSTEMS = {
     )
     for name, network in BASELINES.items()
 }
+# The system of adapters without a description that hold LoRA on the encoder and answer prompts.
+LORA_ALONE = "sam_lora"
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")  # what the option `freeze` can name
 
 

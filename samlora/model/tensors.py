@@ -89,6 +89,13 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata:
         save_file(tensors, temporary, metadata)
 
 
+def write_pth(path: str | os.PathLike, tensors: dict[str, Tensor]) -> None:
+    """Writes a plain dict of tensors as a file of PyTorch, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole(path) as temporary, open(temporary, "wb") as file:  # of a path PyTorch would store the name
+        torch.save(tensors, file)
+
+
 def _is_safetensors(path: Path) -> bool:
     """Whether a file is one of safetensors, by its content; by its ending where that says nothing."""
     with open(path, "rb") as file:
@@ -103,6 +110,10 @@ def _why_unreadable(error: Exception, path: Path) -> str:
     """What a library's error means to a user: the end of a message about a file, "it ..."."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class) ([\w.]+)", text)
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not found and head.isascii() and head.decode("ascii").replace("\n", "").replace("\r", "").isprintable():
+        return "is a text file, not a file of weights; fetch or save it again"
     if found or "weights_only" in text and "TorchScript" not in text and "persistent" not in text:
         named = next((name for name in (found.groups() if found else ()) if name), "")
         objects = f"Python objects ({named})" if named else "Python objects"
@@ -111,10 +122,6 @@ def _why_unreadable(error: Exception, path: Path) -> str:
         return "is a TorchScript program, not a file of weights; save model.state_dict() instead"
     if "inline_container" in text or "PytorchStreamReader" in text:
         return "is no archive of PyTorch, or one that is cut short; fetch or save it again"
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if head.isascii() and head.decode("ascii").replace("\n", "").replace("\r", "").isprintable():
-        return "is a text file, not a file of weights; fetch or save it again"
     line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     sentence = re.split(r"(?<=[.!?])\s", line)[0].rstrip(".")
     short = textwrap.shorten(sentence, 160, placeholder=" ...")

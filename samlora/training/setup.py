@@ -191,10 +191,15 @@ def start_from(model: nn.Module, adapter: str) -> None:
     if spec is None:
         model.load_state_dict(translate_adapter(model, tensors, adapter), strict=False)
         return
+    if spec.holds == checkpoint.MODEL:
+        raise InputError(f"--lora_ckpt {adapter}: its LoRA is merged (samlora merge); give the adapter it was made of")
     for name in ("system", "variant", "rank", "lora_layers", "num_classes", "in_channels", "base_sha256", "options"):
         ours, theirs = getattr(model.spec, name), getattr(spec, name)
         if ours != theirs:
             raise InputError(f"--lora_ckpt {adapter}: its {name} is {theirs}, this run's is {ours}; make them equal")
+    if spec.holds == checkpoint.DECODERS:
+        model.load_state_dict(translate_adapter(model, tensors, adapter), strict=False)
+        return
     checkpoint.load_trained(model, tensors, adapter)
 
 

@@ -162,6 +162,16 @@ def test_training_starts_from_a_converted_file_and_not_from_a_merged_one(base, t
         start_from(fresh, str(merged))
 
 
+def test_the_page_opens_a_merged_file_without_its_base(base, tmp_path):
+    from samlora.app.models import Models
+
+    adapter, merged = tmp_path / "a.safetensors", tmp_path / "m.safetensors"
+    samlora.save_adapter(trained(base), adapter)
+    merge_file(MergeConfig(str(adapter), str(base), str(merged)))
+    (entry,) = Models([str(merged)], device="cpu").entries
+    torch.testing.assert_close(logits(entry.model), logits(trained(base)), atol=1e-5, rtol=0)
+
+
 def test_a_shared_base_stays_as_it_is(base, tmp_path):
     """SAMed's file brings a prompt encoder, buffers and all."""
     model = trained(base)

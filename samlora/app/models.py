@@ -12,7 +12,7 @@ from samlora.device import DTYPES, device_name, exact_float32, pick_device, pick
 from samlora.errors import InputError
 from samlora.model.bases import base_name, default_base, find_base, known_base
 from samlora.model.build import build_model, load_model
-from samlora.model.checkpoint import Base, guess_spec, open_base, read_adapter
+from samlora.model.checkpoint import MODEL, Base, guess_spec, open_base, read_adapter
 from samlora.model.methods import system_row
 from samlora.model.sam import Sam
 from samlora.model.variants import VARIANTS
@@ -87,8 +87,9 @@ class Models:
             usual = base_name(Path(spec.base)) or spec.variant
         if spec is not None and system_row(spec.system).network:
             raise InputError(f"--adapter {path}: {spec.system} is no SAM; the page has none of it, use samlora predict")
-        own_base = spec is not None and spec.base.startswith("random:") and ckpt is None
-        base = "default" if own_base else self._base(find_base(usual) if ckpt is None else Path(ckpt))
+        merged = spec is not None and spec.holds == MODEL
+        random = spec is not None and spec.base.startswith("random:") and ckpt is None
+        base = "default" if merged or random else self._base(find_base(usual) if ckpt is None else Path(ckpt))
         model = load_model(path, base)
         row, spec = system_row(model.spec.system), model.spec
         if spec.recipe is not None:

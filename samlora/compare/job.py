@@ -22,7 +22,7 @@ import numpy as np
 from samlora.allocator import keep_freed_memory
 from samlora.data.dataset import SliceFile, data_folder, find_slices, read_geometry, read_recipe
 from samlora.data.grid import Case, Geometry
-from samlora.data.ignored import split_ignored
+from samlora.data.ignored import split_ignored, with_ignored
 from samlora.errors import InputError
 from samlora.evaluation.metrics import evaluate_case
 from samlora.evaluation.report import informative_slices
@@ -223,11 +223,10 @@ def _measure(
             else:
                 labels = predict_prompted(model, images, truth, job.prompting, device=device, precision=dtype)
             found["seconds"][case] = time.perf_counter() - began
-            if held.ignored is not None:
-                labels = np.where(held.ignored, labels.dtype.type(0), labels)
+            labels = with_ignored(labels, held.ignored, 0)
             spacing = held.spacing if job.in_mm else None
             classes = range(1, model.spec.num_classes + 1)
-            thick = held.geometry is None or held.geometry.has_thickness
+            thick = Case(held.images, geometry=held.geometry).has_thickness
             measured = evaluate_case(
                 held.placed(labels), held.placed(truth), spacing, classes, has_thickness=thick
             )

@@ -28,9 +28,12 @@ def split_ignored(
     if not ignores(recipe):
         return label, None
     ignored = label == IGNORE
-    return np.where(ignored, label.dtype.type(0), label), ignored
+    return with_ignored(label, ignored, 0), ignored
 
 
-def with_ignored(label: np.ndarray, ignored: np.ndarray | None) -> np.ndarray:
-    """A label as it is stored: the way back from `split_ignored`."""
-    return label if ignored is None else np.where(ignored, label.dtype.type(IGNORE), label)
+def with_ignored(label: np.ndarray, ignored: np.ndarray | None, value: int = IGNORE) -> np.ndarray:
+    """A label, or a prediction, with `value` where `ignored` is true; itself where that is None.
+
+    With IGNORE it is the label as it is stored: the way back from `split_ignored`.
+    """
+    return label if ignored is None else np.where(ignored, label.dtype.type(value), label)

@@ -68,7 +68,7 @@ class PatchDataset:
         self.slices, self.seed, self.roi, self.augment, self.decoded = list(slices), seed, roi, augment, decoded
         self._stacks = stacks(self.slices)
         with ThreadPoolExecutor(threads) as pool:
-            labels = pool.map(lambda index: self._label_to_draw(index), range(len(self.slices)))
+            labels = pool.map(self._label_to_draw, range(len(self.slices)))
             self._sizes, self._pixels = zip(*((label.shape, np.bincount(label.ravel())) for label in labels))
         for case, members in self._stacks.items():
             other = next((n for n in members if self._sizes[n] != self._sizes[members[0]]), None)

@@ -8,7 +8,7 @@ import numpy as np
 
 from samlora.data.folders import Masks, folder_or_file
 from samlora.data.grid import Case, Volume, common_grid, count_values, match_grid, reorient, slice_order, transposed
-from samlora.data.ignored import split_ignored
+from samlora.data.ignored import split_ignored, with_ignored
 from samlora.data.label_tables import names_beside, numbers_of
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_volume, stem
@@ -50,7 +50,7 @@ class Job:
         ignored: set[int] = set()
         if left_out is not None:
             ignored |= set(np.unique(reference.array[left_out]).tolist())
-            reference.array = np.where(left_out, reference.array.dtype.type(0), reference.array)
+            reference.array = with_ignored(reference.array, left_out, 0)
         if self.recipe is not None and isinstance(self.trio.reference, Path):
             try:
                 mapped = self.recipe.map_labels(reference.array, reference.names)
@@ -65,8 +65,7 @@ class Job:
             empty = dataclasses.replace(reference, array=np.zeros_like(reference.array))
             return empty, reference, ignored
         prediction, reference = _on_one_grid(self._label_map(self.trio.prediction, self.threshold, True), reference)
-        if left_out is not None:
-            prediction.array = np.where(left_out, prediction.array.dtype.type(0), prediction.array)
+        prediction.array = with_ignored(prediction.array, left_out, 0)
         return prediction, reference, ignored
 
     def _label_map(self, side: Path | Masks, threshold: float | None, predicted: bool = False) -> Volume:

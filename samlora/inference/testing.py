@@ -9,6 +9,7 @@ from torch import nn
 
 from samlora.data.dataset import find_volumes
 from samlora.data.grid import Case, case_to_volume, to_show
+from samlora.data.ignored import with_ignored
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_case, write_volume
 from samlora.device import DTYPES, device_name, exact_float32, pick_device, pick_precision
@@ -93,11 +94,9 @@ def test(config: TestConfig) -> dict[str, dict]:
         if postprocess is not None:
             prediction = postprocess(prediction, case.spacing)
         seconds = time.perf_counter() - began
-        drawn = prediction
-        if case.ignored is not None:
-            prediction = np.where(case.ignored, prediction.dtype.type(0), prediction)
+        counted = with_ignored(prediction, case.ignored, 0)
         measured = evaluate_case(
-            prediction,
+            counted,
             case.label,
             case.spacing,
             list(names),
@@ -106,7 +105,7 @@ def test(config: TestConfig) -> dict[str, dict]:
         for policy, measures in measured.items():
             results[policy][case.name] = measures
         measures, in_mm = results[config.metric_policy][case.name], in_mm and case.spacing is not None
-        draw = functools.partial(draw_frames, to_show(case.image), case.label, prediction, **case.display)
+        draw = functools.partial(draw_frames, to_show(case.image), case.label, counted, **case.display)
         worst.offer(case.name, measures, draw)
         dice, hd95 = (case_mean(measures, name) for name in ("dice", "hd95"))
         unit = "mm" if case.spacing and config.metric_policy == "strict" else "voxels"
@@ -114,9 +113,9 @@ def test(config: TestConfig) -> dict[str, dict]:
             f"{case.name}: {len(prediction)} slices in {seconds:.1f} s, Dice {dice:.4f}, HD95 {hd95:.2f} {unit}"
         )
         picture = out / "overlays" / f"{case.name}.png"
-        contact_sheet(to_show(case.image), case.label, prediction, picture, names, **case.display)
+        contact_sheet(to_show(case.image), case.label, counted, picture, names, **case.display)
         if config.is_savenii:
-            save_nifti(case, drawn, out / "predictions")
+            save_nifti(case, prediction, out / "predictions")
     summaries = {policy: summarise(cases) for policy, cases in results.items()}
     write_metrics_csv(out / "metrics.csv", results, names)
     about = {

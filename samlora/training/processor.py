@@ -137,11 +137,12 @@ def _pictures(source: Path, recipe: Recipe | str | os.PathLike | None) -> tuple[
         if recipe is not None:
             raise InputError(f"{source}: its slices are prepared, no recipe applies to them; leave recipe out")
         made = read_recipe(source)
+        made_by = None if made is None else made.to_dict()
 
         def slice_reader(item):
             def read() -> tuple[np.ndarray, np.ndarray]:
                 image, label = item.read()
-                return image, split_ignored(label, None if made is None else made.to_dict())[0]
+                return image, split_ignored(label, made_by)[0]
 
             return read
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from samlora.data.dataset import SliceFile, read_geometry
 from samlora.data.grid import Case, to_show
-from samlora.data.ignored import split_ignored
+from samlora.data.ignored import split_ignored, with_ignored
 from samlora.data.patches import place
 from samlora.engine import gathered, together
 from samlora.errors import InputError
@@ -48,9 +48,7 @@ def validate(
             for images, stored in parts:
                 truth, ignored = split_ignored(stored, spec.recipe)
                 of_part = answers(model, images, truth, prompting, fabric.device, dtype)
-                if ignored is not None:
-                    of_part = {way: np.where(ignored, 0, of_part[way]) for way in of_part}
-                found.append(of_part)
+                found.append({way: with_ignored(of_part[way], ignored, 0) for way in of_part})
                 truths.append(truth)
             truth, mine[number] = _joined(truths), {}
             for way in found[0]:
@@ -141,8 +139,9 @@ def preview(
     images, truths = max(parts, key=lambda part: np.count_nonzero(part[1]))  # of several sizes the one that shows most
     truths, _ = split_ignored(truths, model.spec.recipe)
     # Of a case of many slices only those that are drawn are predicted, unless the model sees slices together.
-    alone = not system_row(model.spec.system).volumetric and model.chunk == 1
-    shown = informative_slices(truths, SHOWN, len(truths)) if alone else range(len(truths))
+    shown: Sequence[int] = range(len(truths))
+    if model.chunk == 1 and not system_row(model.spec.system).volumetric:
+        shown = informative_slices(truths, SHOWN, len(truths))
     found = answers(model, images[shown], truths[shown], prompting, fabric.device, dtype)
     prediction = np.zeros_like(truths)
     prediction[shown] = next(iter(found.values()))

@@ -289,12 +289,14 @@ class Recipe:
         step = max(1, max(stack.shape[1:]) // 128)
         # A border of background: the body may reach beyond the field of view.
         inside = np.pad(stack[:, ::step, ::step] > 0.05, ((0, 0), (1, 1), (1, 1)))
-        depth = np.stack([distance_transform_edt(binary_fill_holes(plane)) for plane in inside])
+        depth = np.zeros(inside.shape[1:])  # of each pixel in the body, on the slice where it is largest
+        for plane in inside:
+            np.maximum(depth, distance_transform_edt(binary_fill_holes(plane)), out=depth)
         radius = depth.max() / 2
         if not radius:
             return None
         # The opening is the dilation of these pixels by the same disc: their bounding box, wider by its radius.
-        centres = (depth > radius).any(axis=0)
+        centres = depth > radius
         margin = int(np.ceil(radius)) + 1  # one more, for what lies between the points of the grid
         box: list[int] = []
         for axis, size in enumerate(stack.shape[1:]):

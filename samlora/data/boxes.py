@@ -34,13 +34,12 @@ from samlora.data.layouts import with_names
 from samlora.data.prompts import jittered_box
 from samlora.data.recipe import Recipe
 from samlora.data.sources import (
-    folder_names,
     ignored_values,
-    names_for_all,
     on_grid,
     read_label,
     read_label_map,
 )
+from samlora.data.structures import folder_names, names_for_all
 from samlora.data.volume import stem
 from samlora.errors import InputError, MissingFileError
 from samlora.files import identity, read_text, same_name

@@ -19,7 +19,8 @@ from samlora.data.layouts import Layout, find_pairs
 from samlora.data.pictures import PICTURES
 from samlora.data.plan_looks import AIR, SOFT, ImageLook, LabelLook, look_at_image, look_at_label
 from samlora.data.plan_text import Found, Plan
-from samlora.data.sources import folder_names, ignored_values
+from samlora.data.sources import ignored_values
+from samlora.data.structures import folder_names
 from samlora.errors import InputError
 from samlora.files import whole
 

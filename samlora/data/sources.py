@@ -1,6 +1,5 @@
 """Cases as they come: their images as volumes, their labels as classes, and images that have no labels."""
 
-import contextlib
 import dataclasses
 import difflib
 import os
@@ -24,11 +23,12 @@ from samlora.data.folders import (
     visible,
 )
 from samlora.data.grid import Volume, count_values, match_grid
-from samlora.data.label_tables import Names, contradictions, names_beside, plain
+from samlora.data.label_tables import names_beside, plain
 from samlora.data.layouts import IMAGE_FOLDERS, LABEL_FOLDERS, named_apart
 from samlora.data.pictures import PICTURES, is_lossy
 from samlora.data.recipe import Recipe
-from samlora.data.volume import VOLUMES, read_label_names, read_volume, stem
+from samlora.data.structures import folder_names, own_structures
+from samlora.data.volume import VOLUMES, read_volume, stem
 from samlora.errors import InputError, MissingFileError
 from samlora.files import find_file, same_name
 
@@ -254,7 +254,7 @@ def _with_classes(
         known = known or {name: (value,) for value, name in layout.names.items()}
         wanted = [value for values in recipe.label_values for value in values if isinstance(value, str)]
         if wanted:
-            own = _own_structures(layout.pairs)
+            own = own_structures(layout.pairs)
             # Where label maps have names of their own, the folder's serve those that have none (`read_label_map`).
             known = {name: values for name, values in known.items() if plain(name) not in own}
             known |= {name: (name,) for name in own.values()}
@@ -263,7 +263,7 @@ def _with_classes(
         classes = {name: (name,) for name in structures}
     elif recipe.mask_threshold is not None:
         classes = {"foreground": (1,)}
-    elif layout.classes and not _own_structures(layout.pairs):
+    elif layout.classes and not own_structures(layout.pairs):
         classes = {name: tuple(group) for name, group in layout.classes.items()}
         listed = [value for group in classes.values() for value in group]
         if len(set(listed)) != len(listed):
@@ -417,78 +417,6 @@ def _grouped(folder: Path, images: dict[str, Path]) -> list[Pair]:
     if not tags:
         return [Pair(name, (path,), None) for name, path in images.items()]
     return [Pair(case, tuple(channels[tag] for tag in tags), None) for case, channels in cases.items()]
-
-
-def names_for_all(known: Mapping[int, str], files: Iterable[Path], advice: str) -> dict[int, str]:
-    """What the values of several label maps are called, each structure with one number for all.
-
-    Args:
-        known: value -> name, as given for all files; they keep their numbers.
-        files: the label maps; they may call their own values something, each for itself.
-        advice: what to do where a file without names cannot be understood.
-
-    Returns:
-        `known` and the names in the files. Where nothing is known and the files agree, their
-        numbers stay; otherwise a structure takes the smallest number that is free.
-
-    Raises:
-        InputError: files number structures differently, and one among them names none.
-    """
-    own = _own_tables(files)
-    tables = {path: table for path, table in own.items() if table}
-    if not tables:
-        return dict(known)
-    found = {
-        path: {value: names[0] for value, names in table.items()} for path, table in tables.items()
-    }
-    numbers: dict[str, set[int]] = {}
-    for table in found.values():
-        for value, name in table.items():
-            numbers.setdefault(plain(name), set()).add(value)
-    texts = contradictions({path.name: table for path, table in tables.items()})
-    alike = not texts and all(len(values) == 1 for values in numbers.values())
-    called = {
-        plain(name): name for table in reversed(found.values()) for name in table.values()
-    }
-    if not known and alike:
-        return {next(iter(values)): called[key] for key, values in numbers.items()}
-    if not known and len(tables) < len(own):
-        silent = next(path for path in own if path not in tables)
-        why = texts[0] if texts else f"{next(n for n in called.values())} has several numbers"
-        raise InputError(
-            f"{silent}: does not name its values, and the other files number theirs differently "
-            f"({why}); {advice}"
-        )
-    listed = set(map(plain, known.values()))
-    if listed and not listed & numbers.keys():
-        return dict(known)  # other words, perhaps of another language: only numbers compare
-    free = (n for n in range(1, 65536) if n not in known)
-    return dict(known) | {next(free): called[key] for key in sorted(called) if key not in listed}
-
-
-def folder_names(layout: Layout) -> dict[int, str]:
-    """What a folder calls the values of label maps that do not name them themselves."""
-    return dict(layout.names) or {group[0]: name for name, group in layout.classes.items() if len(group) == 1}
-
-
-def _own_structures(pairs: Sequence[Pair]) -> dict[str, str]:
-    """What the label maps themselves call their structures: the name as it is compared -> as it is written first."""
-    found: dict[str, str] = {}
-    tables = _own_tables(pair.label for pair in pairs if isinstance(pair.label, Path))
-    for names in tables.values():
-        for name in (name for group in names.values() for name in group):
-            found.setdefault(plain(name), name)
-    return found
-
-
-def _own_tables(files: Iterable[Path]) -> dict[Path, Names]:
-    """What label maps call their own values, perhaps nothing; without files that cannot be read."""
-    found = {}
-    for path in dict.fromkeys(files):
-        # A broken file is named where it is read to be used.
-        with contextlib.suppress(InputError):
-            found[path] = read_label_names(path)
-    return found
 
 
 def _read_mask(path: Path, threshold: float | None) -> Volume:

@@ -10,7 +10,8 @@ from samlora.data.findings import few
 from samlora.data.folders import Layout, Pair
 from samlora.data.label_tables import IGNORED, plain
 from samlora.data.recipe import Recipe
-from samlora.data.sources import VOIDS, ignored_values, names_for_all, resolve_classes
+from samlora.data.sources import VOIDS, ignored_values, resolve_classes
+from samlora.data.structures import names_for_all
 from samlora.errors import InputError, MissingFileError
 from samlora.evaluation.matching import Matched
 from samlora.files import read_text

@@ -133,7 +133,9 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "format_version": None if spec is None else spec.format_version,
         "samlora_version": None if spec is None else spec.samlora_version,
     }
-    needs = [] if whole else _base_needs(variant, spec.base if spec is not None else None)
+    needs = []
+    if not whole and (spec is None or spec.has_base_file):
+        needs = _base_needs(variant, None if spec is None else spec.base)
     return (
         found | _sizes(adapter.path, adapter.tensors) | {"needs": needs + _extras(known["system"])}
     )
@@ -217,8 +219,6 @@ def _sizes(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _base_needs(variant: str, base: str | None) -> list[str]:
     """Which base file an adapter needs, and where it is or how to get it. base: its name."""
-    if base is not None and (base == "none" or base.startswith("random:")):
-        return []
     name = (base_name(Path(base)) if base is not None else None) or variant
     if base is not None and base_name(Path(base)) is None:
         return [f"base weights {base}, of the SHA-256 above: give them with --ckpt"]

@@ -88,7 +88,7 @@ class Models:
         if spec is not None and system_row(spec.system).network:
             raise InputError(f"--adapter {path}: {spec.system} is no SAM; the page has none of it, use samlora predict")
         merged = spec is not None and spec.holds == MODEL
-        random = spec is not None and spec.base.startswith("random:") and ckpt is None
+        random = spec is not None and not spec.has_base_file and ckpt is None
         base = "default" if merged or random else self._base(find_base(usual) if ckpt is None else Path(ckpt))
         model = load_model(path, base)
         row, spec = system_row(model.spec.system), model.spec

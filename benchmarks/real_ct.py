@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from timing import ROOT, heading, options, write_record
 
-from samlora.data.grid import match_grid
+from samlora.data.grid import Volume, match_grid
 from samlora.data.prepare import prepare
 from samlora.data.recipe import Recipe
 from samlora.data.volume import read_volume, write_volume
@@ -49,17 +49,24 @@ CANDIDATES = {
 }
 
 
+PATIENTS = {
+    "first": ("ct_abdomen/example_ct.nii.gz", "ct_abdomen/example_seg_fast_force_split.nii.gz"),
+    "second": ("dicom_ct/example_ct_dicom", "dicom_ct/example_seg_dicom.nii.gz"),
+}
+
+
+def read_patient(data: Path, name: str) -> tuple[Volume, Volume]:
+    """The image and the labels of a patient, both on the grid of the labels."""
+    image, label = PATIENTS[name]
+    labels = read_volume(data / label, labels=True)
+    return match_grid(read_volume(data / image), to=labels), labels
+
+
 def write_patients(data: Path, source: Path) -> Path:
     """Both patients as NIfTI, images and labels, in `source`, which is returned."""
-    pairs = {
-        "first": ("ct_abdomen/example_ct.nii.gz", "ct_abdomen/example_seg_fast_force_split.nii.gz"),
-        "second": ("dicom_ct/example_ct_dicom", "dicom_ct/example_seg_dicom.nii.gz"),
-    }
-    for name, (image, label) in pairs.items():
-        labels = read_volume(data / label, labels=True)
-        # The second patient's result shall lie on its labels' grid, as NIfTI.
-        write_volume(match_grid(read_volume(data / image), to=labels), source / "images" / f"{name}.nii.gz")
-        write_volume(labels, source / "labels" / f"{name}.nii.gz")
+    for name in PATIENTS:
+        for kind, volume in zip(("images", "labels"), read_patient(data, name)):
+            write_volume(volume, source / kind / f"{name}.nii.gz")
     return source
 
 

@@ -282,7 +282,7 @@ def lite_medsam(record: Mapping) -> str:
     parts = [table(columns, rows) + floor(encoding)]
     rows = [
         (place, name, f"{100 * equal['mean']:.2f} %", f"{100 * equal['least']:.2f} %")
-        for place, of_place in record.get("equality_on_slices", {}).items()
+        for place, of_place in record["equality_on_slices"].items()
         for name, equal in of_place.items()
     ]
     if rows:

@@ -349,12 +349,17 @@ def test_boxes_from_labels_with_tables_beside_them(tmp_path):
     assert {name: of[0] for name, of in found["p0"].items()} == {"liver": 7}
 
 
-def test_boxes_of_structures_that_overlap_are_whole(tmp_path):
+def a_tumour_in_the_liver(folder):
+    """An image and its .seg.nrrd, in two layers."""
     layers = np.zeros((2, *SHAPE), np.uint8)
     layers[0][LIVER] = 1
     layers[1][4:6, 5:10, 1:5] = 1
-    nrrd(tmp_path / "images/p0.nrrd", scan())
-    nrrd(tmp_path / "labels/p0.seg.nrrd", layers, [("liver", 1, 0), ("tumour", 1, 1)])
+    nrrd(folder / "images/p0.nrrd", scan())
+    nrrd(folder / "labels/p0.seg.nrrd", layers, [("liver", 1, 0), ("tumour", 1, 1)])
+
+
+def test_boxes_of_structures_that_overlap_are_whole(tmp_path):
+    a_tumour_in_the_liver(tmp_path)
     found = boxes_of(tmp_path / "images", tmp_path / "labels")
     assert found["p0"] == {"liver": (1, (4, 5, 7, 9)), "tumour": (2, (4, 5, 5, 9))}
 
@@ -387,11 +392,7 @@ def test_names_of_masks_that_are_matched_by_size_are_kept(tmp_path):
 
 def test_overlapping_segments_are_painted_and_remarked(tmp_path):
     """A7, of .seg.nrrd. What belongs to it: layers with the same values, empty layers, one list axis, DICOM SEG."""
-    layers = np.zeros((2, *SHAPE), np.uint8)
-    layers[0][LIVER] = 1
-    layers[1][4:6, 5:10, 1:5] = 1
-    nrrd(tmp_path / "images/p0.nrrd", scan())
-    nrrd(tmp_path / "labels/p0.seg.nrrd", layers, [("liver", 1, 0), ("tumour", 1, 1)])
+    a_tumour_in_the_liver(tmp_path)
     both, warnings = voxels(tmp_path, tmp_path / "d", ["liver", "tumour"])
     assert both == [[LIVER_VOXELS // 2, LIVER_VOXELS // 2]]
     assert any("liver and tumour overlap; the voxels became tumour" in line for line in warnings)

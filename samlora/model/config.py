@@ -23,8 +23,8 @@ class ConvertConfig:
 
     to: str | None = option(
         None,
-        "samlora: safetensors with a description; samed: SAMed's .pth; sam_lora: LoRA factors "
-        "alone, safetensors; "
+        "samlora: safetensors with a description; samed: SAMed's .pth; sam_lora: only LoRA "
+        "factors, safetensors; "
         "peft: a folder for Hugging Face's peft and transformers",
         FORMATS,
     )

@@ -143,7 +143,7 @@ def _arguments(known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _foreign_outline(known: Mapping[str, Any]) -> Sam:
-    """The model of an adapter without a description: names and shapes alone."""
+    """The model of an adapter without a description: only names and shapes."""
     arguments = _arguments(known)
     classes = arguments.pop("num_classes") or STOCK_MASKS - 1
     spec = Spec(
@@ -252,12 +252,9 @@ def _to_samlora(adapter: Adapter, target: Path, config: ConvertConfig) -> list[s
         model = _load(adapter, config)
         save_adapter(model, target)
         size = model.spec.image_size
-        told = config.img_size or adapter.known["image_size"]
-        guess = (
-            ""
-            if told
-            else f" (taken for {size} px, which the file does not say; --img_size gives another)"
-        )
+        guess = ""
+        if not (config.img_size or adapter.known["image_size"]):
+            guess = f" (taken for {size} px, which the file does not say; --img_size gives another)"
         return [
             f"{model.spec.system}, {model.spec.variant}, base {model.spec.base}, {size} px{guess}"
         ]
@@ -289,7 +286,7 @@ def _to_samed(adapter: Adapter, target: Path, config: ConvertConfig) -> list[str
     if adapter.has_decoder:
         return []
     return [
-        "it holds LoRA factors alone: SAMed's own loader wants a mask decoder too, samlora's does "
+        "it holds only LoRA factors: SAMed's own loader wants a mask decoder too, samlora's does "
         "not"
     ]
 
@@ -433,7 +430,7 @@ def _check_peft(adapter: Adapter, config: ConvertConfig) -> dict[str, Any]:
     elif options["ranks"]:
         reason = f"its blocks have ranks of their own ({options['ranks']})"
     elif set(options["targets"]) - set("qkv"):
-        reason = f"its LoRA is on {', '.join(options['targets'])}, not on q, k and v alone"
+        reason = f"its LoRA is on {', '.join(options['targets'])}, not only on q, k and v"
     elif system_row(known["system"]).lora_decoder:
         reason = "it has LoRA in the mask decoder, whose other weights are the base's"
     elif adapter.has_decoder and known["num_classes"] not in (None, STOCK_MASKS - 1):
@@ -448,13 +445,11 @@ def _check_peft(adapter: Adapter, config: ConvertConfig) -> dict[str, Any]:
     if size is None and adapter.has_decoder:
         raise InputError(
             f"{adapter.path}: does not say the side of its images, and transformers' SAM takes "
-            f"{HUGGING_FACE_SIDE} px "
-            f"alone; if it was trained so, give --img_size {HUGGING_FACE_SIDE}"
+            f"only {HUGGING_FACE_SIDE} px; if it was trained so, give --img_size {HUGGING_FACE_SIDE}"
         )
     if size not in (None, HUGGING_FACE_SIDE):
         raise InputError(
             f"{adapter.path}: is for images of {size} px, and transformers' SAM takes "
-            f"{HUGGING_FACE_SIDE} px alone; "
-            f"train at {HUGGING_FACE_SIDE} px for it"
+            f"only {HUGGING_FACE_SIDE} px; train at {HUGGING_FACE_SIDE} px for it"
         )
     return options

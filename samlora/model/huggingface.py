@@ -203,7 +203,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key, values in _READ_AS.items():
         if config.get(key, values[0]) not in values:
             raise InputError(
-                f"{path}: {key} is {config[key]}; samlora reads {json.dumps(values[0])} alone"
+                f"{path}: {key} is {config[key]}; samlora reads only {json.dumps(values[0])}"
             )
     return config
 
